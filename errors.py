@@ -1,0 +1,22 @@
+"""Errors that are the user's to mend: one clear line, exit code 2, nothing half written.
+
+Library code raises `UserError` with a sentence that names the flag or file and what was expected; `run_main` is the
+one place that turns it into `error: ...` on stderr.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that says what to do."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Runs a command line's `main` and exits: 0, its own code, or 2 with one line for a `UserError`."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)
