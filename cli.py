@@ -1,0 +1,142 @@
+"""Settings as frozen dataclasses, read from the command line or from a mapping such as `wandb.config`.
+
+A field made with `option(...)` carries its help, limits and other names; its annotation gives its type. From that come
+the flags (`-` and `_` mean the same), the checks, and the messages: one line that names the flag, exit code 2.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: Sequence[str] = (),
+    choices: Sequence[Any] = (),
+    low: float | None = None,
+    high: float | None = None,
+    group: str = "options",
+) -> Any:
+    """A dataclass field with what the command line and the checks need. low, high: the allowed range, inclusive."""
+    metadata = dict(help=help, aliases=tuple(aliases), choices=tuple(choices), low=low, high=high, group=group)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def element_type(annotation: Any) -> tuple[type, bool]:
+    """(type of one value, whether a comma list of them is meant) of a field's annotation; `X | None` counts as X."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def convert(text: Any, kind: type) -> Any:
+    """One value of type `kind` from a flag's text or a mapping's value; ValueError if it is of another type."""
+    if kind is bool:
+        names = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(text).lower() not in names:
+            raise ValueError
+        return names[str(text).lower()]
+    if isinstance(text, bool) or not isinstance(text, str | int | float | Path):
+        raise ValueError
+    if kind is int and isinstance(text, float) and text != int(text):
+        raise ValueError
+    return kind(int(text) if kind is int and isinstance(text, float) else text)
+
+
+KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", Path: "a path"}
+
+
+def checked(field: dataclasses.Field, value: Any) -> Any:
+    """`value` converted to the field's type and within its limits; UserError that names the flag if not."""
+    if value is None or value == field.default:
+        return field.default if value is None else value
+    kind, many = element_type(field.type)
+    meta = field.metadata
+    limits = [f"one of {', '.join(map(str, meta['choices']))}"] if meta["choices"] else [KIND_NAMES[kind]]
+    limits += [f"at least {meta['low']}"] if meta["low"] is not None else []
+    limits += [f"at most {meta['high']}"] if meta["high"] is not None else []
+    expected = ("a comma list, each " if many else "") + ", ".join(limits)
+    parts = [value] if not many else value.split(",") if isinstance(value, str) else value
+    if many and not isinstance(parts, list | tuple):
+        parts = [parts]
+    try:
+        values = [convert(part.strip() if isinstance(part, str) else part, kind) for part in parts]
+    except (ValueError, TypeError):
+        values = None
+    if not values or any(
+        (meta["choices"] and v not in meta["choices"])
+        or (meta["low"] is not None and not v >= meta["low"])
+        or (meta["high"] is not None and not v <= meta["high"])
+        for v in values
+    ):
+        raise UserError(f"{flag(field.name)} is {value!r}; expected {expected}")
+    return tuple(values) if many else values[0]
+
+
+def from_mapping(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """`settings` with fields replaced, under their own names or aliases; refuses unknown and ill-typed ones."""
+    fields = {f.name: f for f in dataclasses.fields(settings)}
+    names = {alias.replace("-", "_"): f.name for f in fields.values() for alias in f.metadata["aliases"]}
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        name = names.get(name, name)
+        if name not in fields:
+            raise UserError(f"unknown parameter {key!r}; known ones are {', '.join(sorted(fields))}")
+        if name in changes:
+            raise UserError(f"{flag(name)} is given twice, under two names")
+        changes[name] = checked(fields[name], value)
+    return dataclasses.replace(settings, **changes)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s: one line, exit code 2."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parse(kind: type[Settings], description: str, argv: Sequence[str]) -> Settings:
+    """Settings of the dataclass `kind` from flags. Errors name the flag and what it expects."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        meta = field.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        names = [flag(field.name), *(flag(alias) for alias in meta["aliases"])]
+        value_type, many = element_type(field.type)
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shown = "" if field.default in (None, (), False, "") else f" (default: {default})"
+        common = dict(dest=field.name, default=None, help=(meta["help"] + shown).replace("%", "%%"))
+        if value_type is bool:
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+        else:
+            choices = "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else None
+            metavar = choices or value_type.__name__.upper()
+            group.add_argument(*names, metavar=f"{metavar}[,...]" if many else metavar, **common)
+    given = vars(parser.parse_args([normalised(token) for token in argv]))
+    return from_mapping(kind(), {name: value for name, value in given.items() if value is not None})
+
+
+def normalised(token: str) -> str:
+    """A flag with `_` written as `-`; anything else unchanged."""
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value

@@ -1,0 +1,320 @@
+"""Pictures as whole uint8 tensors: loading, caching, splitting, augmenting, normalising.
+
+Every data set becomes uint8 [N, 3, 32, 32] once and is kept in one safetensors file beside its source, so a later start
+reads 60,000 pictures in a fraction of a second. Batches are cut, augmented and normalised on the device in whole
+tensors (the idea of KellerJordan/cifar10-airbench); there are no worker processes.
+
+Data sets: `cifar10`, `cifar100` (Krizhevsky 2009, fetched and checked by torchvision), `folder` (any `train/<class>/*`,
+`test/<class>/*` pictures, resized to 32x32), `digits` (scikit-learn's 1,797 handwritten digits, no download).
+
+Normalisation is (pixel - mean) / std with a whole-number mean per colour and one std for all, in 8-bit units: then the
+input of the first convolution is an integer grid (zero-point = mean) and integer hardware can run that layer too.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import UserError
+from files import write_atomically
+from vision import import_torchvision
+
+DATASETS = ("cifar10", "cifar100", "folder", "digits")
+SIZE = 32
+CACHE_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """x = (pixel - mean[c]) / std, pixel in 0..255."""
+
+    mean: tuple[int, int, int] = (125, 123, 114)  # CIFAR-10's training mean, rounded to whole pixels
+    std: float = 64.0  # CIFAR-10's is 63.0, 62.1, 66.7; one value keeps the input a per-tensor grid
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] → float32 [N, 3, H, W] in channels_last."""
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
+        return pixels.float().contiguous(memory_format=torch.channels_last).sub_(mean).div_(self.std)
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: uint8 [N, 3, 32, 32]; labels: int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory: its name, its class names in label order, and its two published splits."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+
+
+# ---------------------------------------------------------------------------------------------------- reading sources
+
+
+def read_folder(root: Path) -> Dataset:
+    """`root/train/<class>/*` and `root/test/<class>/*`, classes in sorted order (ImageFolder's)."""
+    names = {part: class_folders(root / part) for part in ("train", "test")}
+    for part, other in (("train", "test"), ("test", "train")):
+        missing = sorted(set(names[other]) - set(names[part]))
+        if missing:
+            raise UserError(f"{root / part} has no folder for class {missing[0]!r}, which {root / other} has; add it")
+    splits = {part: read_class_folders(root / part, names["train"]) for part in ("train", "test")}
+    return Dataset("folder", tuple(names["train"]), splits["train"], splits["test"])
+
+
+def class_folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is missing; --dataset folder needs --data-dir with train/<class>/* and test/<class>/*"
+        )
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) < 2:
+        raise UserError(f"{folder} has {len(names)} class folders; expected at least 2, one per class")
+    return names
+
+
+def read_class_folders(folder: Path, names: list[str]) -> Split:
+    from PIL import Image
+
+    images, labels = [], []
+    for label, name in enumerate(names):
+        files = sorted(p for p in (folder / name).iterdir() if p.is_file() and not p.name.startswith("."))
+        if not files:
+            raise UserError(f"{folder / name} is empty; every class needs at least one picture in train and in test")
+        for path in files:
+            try:
+                with Image.open(path) as picture:
+                    picture = picture.convert("RGB")
+                    if picture.size != (SIZE, SIZE):
+                        picture = picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+                    images.append(np.asarray(picture))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise UserError(f"{path} is not a readable picture ({error}); remove or replace it") from None
+            labels.append(label)
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(stacked, torch.tensor(labels))
+
+
+def read_cifar(name: str, root: Path) -> Dataset:
+    """CIFAR-10 or CIFAR-100 through torchvision, which downloads the archive and checks its MD5."""
+    datasets = import_torchvision("torchvision.datasets")
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts = [kind(str(root), train=train, download=True) for train in (True, False)]
+    except Exception as error:  # torchvision lets URLError, RuntimeError, tarfile and zlib errors through
+        raise UserError(
+            f"cannot get {name} ({type(error).__name__}: {error}); put the whole {kind.filename} (MD5 {kind.tgz_md5}) "
+            f"into {root} or give another --data-dir, or try --dataset digits, which needs no download"
+        ) from None
+    splits = [Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
+    return Dataset(name, tuple(parts[0].classes), *splits)
+
+
+def read_digits(root: Path) -> Dataset:
+    """scikit-learn's digits (UCI, 8x8, 0..16) as 3x32x32; a fixed stratified fifth (seed 0) is the test split."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)
+    large = F.interpolate(small, (SIZE, SIZE), mode="bilinear", align_corners=False)
+    images = large.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    everything = Split(images, torch.from_numpy(bunch.target).long())
+    train, test = stratified_split(everything, len(everything) // 5, seed=0)
+    return Dataset("digits", tuple(str(d) for d in range(10)), train, test)
+
+
+READERS: dict[str, Callable[[Path], Dataset]] = {
+    "cifar10": lambda root: read_cifar("cifar10", root),
+    "cifar100": lambda root: read_cifar("cifar100", root),
+    "folder": read_folder,
+    "digits": read_digits,
+}
+
+
+def source_fingerprint(name: str, root: Path) -> str:
+    """A hash of the names, sizes and times of the source's files; empty where there is no source beside the cache."""
+    parts = {"folder": ("train", "test"), "cifar10": ("cifar-10-batches-py",), "cifar100": ("cifar-100-python",)}
+    digest = hashlib.sha256()
+    found = False
+    for part in parts.get(name, ()):
+        folders = [root / part]
+        if name == "folder" and folders[0].is_dir():
+            folders = [folders[0] / sub for sub in class_folders(folders[0])]
+        for folder in folders:
+            if not folder.is_dir():
+                continue
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    stat = entry.stat()
+                    digest.update(f"{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                    found = True
+    return digest.hexdigest() if found else ""
+
+
+# --------------------------------------------------------------------------------------------------------- the cache
+
+
+def load(name: str, root: Path) -> Dataset:
+    """The data set `name` whose source is in `root`, from its cache where that is whole and current."""
+    if name not in DATASETS:
+        raise UserError(f"--dataset is {name!r}; expected one of {', '.join(DATASETS)}")
+    root = Path(root)
+    cache = root / f"{name}-{SIZE}x{SIZE}.safetensors"
+    fingerprint = source_fingerprint(name, root)
+    dataset = read_cache(cache, name, fingerprint) if cache.exists() else None
+    if dataset is None:
+        dataset = READERS[name](root)
+        fingerprint = source_fingerprint(name, root)
+        with contextlib.suppress(UserError):  # a read-only data folder works too, only slower
+            write_cache(cache, dataset, fingerprint)
+    return dataset
+
+
+def write_cache(path: Path, dataset: Dataset, fingerprint: str) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{part}.{kind}": getattr(getattr(dataset, part), kind).contiguous()
+        for part in ("train", "test")
+        for kind in ("images", "labels")
+    }
+    metadata = {
+        "version": CACHE_VERSION,
+        "name": dataset.name,
+        "classes": json.dumps(dataset.classes),
+        "source": fingerprint,
+        "crc32": checksum(tensors),
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    value = 0
+    for _, tensor in sorted(tensors.items()):
+        value = zlib.crc32(tensor.numpy(), value)
+    return f"{value:08x}"
+
+
+def read_cache(path: Path, name: str, fingerprint: str) -> Dataset | None:
+    """The cached data set; None where the file is damaged, of another version, or older than its source."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        current = metadata["version"] == CACHE_VERSION and (not fingerprint or metadata["source"] == fingerprint)
+        if not current or metadata["name"] != name or metadata["crc32"] != checksum(tensors):
+            return None
+        splits = [Split(tensors[f"{part}.images"], tensors[f"{part}.labels"]) for part in ("train", "test")]
+        return Dataset(name, tuple(json.loads(metadata["classes"])), *splits)
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ splits and batches
+
+
+def stratified_split(split: Split, held_out: int, seed: int) -> tuple[Split, Split]:
+    """(rest, held out): `held_out` pictures drawn at random, each class in its share (largest remainders round up)."""
+    if not 0 <= held_out < len(split):
+        raise UserError(f"--val-size is {held_out}; expected 0 to {len(split) - 1}, fewer than the training pictures")
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.bincount(split.labels)
+    shares = counts.double() * held_out / len(split)
+    take = shares.floor().long()
+    order = torch.argsort(shares - take, descending=True, stable=True)
+    take[order[: held_out - int(take.sum())]] += 1
+    chosen = torch.zeros(len(split), dtype=torch.bool)
+    for label, count in enumerate(take.tolist()):
+        members = torch.nonzero(split.labels == label).flatten()
+        chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return split[~chosen], split[chosen]
+
+
+def calibration_split(train: Split, count: int, seed: int) -> Split:
+    """`count` (at most all) training pictures drawn at random without replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    return train[torch.randperm(len(train), generator=generator)[:count]]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """pad: pixels of random shift; flip: mirror half of the pictures; cutout: side of a blank square, 0 for none."""
+
+    pad: int = 4
+    flip: bool = True
+    cutout: int = 0
+
+
+def augment(images: Tensor, augmentation: Augmentation, normalization: Normalization, draws: Tensor) -> Tensor:
+    """Normalised float32 [B, 3, H, W] from uint8 pictures; padding and cutout are the mean colour (0).
+
+    draws: [B, 5] uniform in [0, 1): shift down, shift right, mirror, cutout row, cutout column.
+    """
+    size, pad = images.shape[-1], augmentation.pad
+    x = normalization(images)
+    if pad:
+        rows, columns = (draws[:, i] * (2 * pad + 1) for i in (0, 1))
+        windows = F.pad(x, (pad,) * 4).permute(0, 2, 3, 1).unfold(1, size, 1).unfold(2, size, 1)
+        picks = torch.arange(len(x), device=x.device)
+        x = windows[picks, rows.long(), columns.long()].contiguous(memory_format=torch.channels_last)
+    if augmentation.flip:
+        x = torch.where(draws[:, 2].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+    if augmentation.cutout:
+        place = torch.arange(size, device=x.device)
+        half = augmentation.cutout / 2
+        inside = [((place + 0.5 - draws[:, i, None] * size).abs() < half) for i in (3, 4)]
+        x = x.masked_fill((inside[0][:, None, :, None] & inside[1][:, None, None, :]), 0.0)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def epoch_draws(count: int, seed: int, epoch: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """(order [count], draws [count, 5]) of one epoch, from (seed, epoch) alone: a resumed epoch draws the same."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(count, generator=generator)
+    return order.to(device), torch.rand(count, 5, generator=generator).to(device)
+
+
+def batches(split: Split, size: int) -> Iterator[Split]:
+    """The pictures in order, `size` at a time; the last batch may be smaller."""
+    for start in range(0, len(split), size):
+        yield split[slice(start, start + size)]
+
+
+def normalization_for(name: str, train: Split) -> Normalization:
+    """CIFAR's published statistics for CIFAR; for other data sets those of the training pictures, rounded alike."""
+    if name.startswith("cifar"):
+        return Normalization()
+    pixels = train.images[:: max(1, len(train) // 5000)].float()
+    mean = pixels.mean((0, 2, 3)).round().int().tolist()
+    return replace(Normalization(), mean=tuple(mean), std=max(1.0, round(float(pixels.std()))))

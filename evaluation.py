@@ -1,0 +1,53 @@
+"""Accuracy and loss of any forward function over a split, without a host synchronisation per batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Normalization, Split, batches
+
+
+@dataclass(frozen=True)
+class Score:
+    """accuracy: percent of pictures whose highest logit is their label; loss: mean cross-entropy in nats."""
+
+    accuracy: float
+    loss: float
+    count: int
+
+
+@torch.inference_mode()
+def score(forward: Callable[[Tensor], Tensor], split: Split, batch_size: int, device: torch.device | str) -> Score:
+    """`forward`: uint8 pictures [B, 3, 32, 32] → logits [B, classes]. Reads the result back once, at the end."""
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches(split, batch_size):
+        labels = batch.labels.to(device)
+        logits = forward(batch.images.to(device)).float()
+        correct += (logits.argmax(1) == labels).sum()
+        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+    return Score(100.0 * int(correct) / len(split), float(loss) / len(split), len(split))
+
+
+def normalized(model: Callable[[Tensor], Tensor], normalization: Normalization) -> Callable[[Tensor], Tensor]:
+    """`model` with the normalisation before it: takes uint8 pictures."""
+    return lambda images: model(normalization(images))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """`--device`: what it says; without it CUDA, then Apple's MPS, then the CPU."""
+    from errors import UserError
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None

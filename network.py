@@ -1,0 +1,187 @@
+"""MobileNetV2 as integer hardware sees it: batch norm folded, a flat list of operations over named values.
+
+Folding (Jacob et al. 2018, section 3.2): W' = W * gamma / sqrt(var + eps), b' = beta - mean * gamma / sqrt(var + eps),
+for each output channel. What runs over the network (FP32, observing, rounding layer by layer, integer arithmetic) is
+one loop, `walk`, with another function for "do this operation".
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Normalization
+from models import Architecture, MobileNetV2
+
+INPUT = "input"  # the name of the picture among the values
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation; its result is the value of the same name. kind: conv, add, pool (global mean) or linear."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    relu6: bool = False
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+
+    @property
+    def has_weight(self) -> bool:
+        return self.kind in ("conv", "linear")
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether the result is never negative: after ReLU6, and its mean."""
+        return self.relu6 or self.kind == "pool"
+
+
+@dataclass(frozen=True)
+class Network:
+    """ops in order; weights: name → [out, in/groups, kh, kw] or [out, in]; biases: name → [out]. All FP32."""
+
+    architecture: Architecture
+    normalization: Normalization
+    ops: tuple[Op, ...]
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+
+    def op(self, name: str) -> Op:
+        return next(op for op in self.ops if op.name == name)
+
+    @property
+    def weighted(self) -> tuple[Op, ...]:
+        return tuple(op for op in self.ops if op.has_weight)
+
+
+def operations(architecture: Architecture) -> tuple[Op, ...]:
+    """The list of operations of an architecture; names are the parameter names of the convolutions."""
+    with torch.device("meta"):
+        model = MobileNetV2(architecture)
+    ops: list[Op] = []
+
+    def add_conv(name: str, relu6: bool, source: str) -> str:
+        conv = model.get_submodule(name)
+        ops.append(Op(name, "conv", (source,), relu6, conv.stride[0], conv.padding[0], conv.groups))
+        return name
+
+    value = add_conv("features.0.0", True, INPUT)
+    for i, block in enumerate(model.features[1:-1], 1):
+        source = value
+        for j in range(len(block.conv) - 2):
+            value = add_conv(f"features.{i}.conv.{j}.0", True, value)
+        value = add_conv(f"features.{i}.conv.{len(block.conv) - 2}", False, value)
+        if block.use_res_connect:
+            ops.append(Op(f"features.{i}.add", "add", (source, value)))
+            value = ops[-1].name
+    value = add_conv(f"features.{len(model.features) - 1}.0", True, value)
+    ops.append(Op("pool", "pool", (value,)))
+    ops.append(Op("classifier.1", "linear", ("pool",)))
+    return tuple(ops)
+
+
+def norm_name(conv: str) -> str:
+    """The batch norm that follows a convolution: the next entry of the same Sequential."""
+    parent, _, index = conv.rpartition(".")
+    return f"{parent}.{int(index) + 1}"
+
+
+@torch.no_grad()
+def fold_batch_norm(model: MobileNetV2, normalization: Normalization) -> Network:
+    """The network in FP32 without batch norm; computed in float64, so that folding adds no error of its own."""
+    weights, biases = {}, {}
+    ops = operations(model.architecture)
+    for op in ops:
+        if not op.has_weight:
+            continue
+        layer = model.get_submodule(op.name)
+        weight = layer.weight.double()
+        if op.kind == "conv":
+            norm = model.get_submodule(norm_name(op.name))
+            gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            weight = weight * gain.view(-1, 1, 1, 1)
+            bias = norm.bias.double() - norm.running_mean.double() * gain
+        else:
+            bias = layer.bias.double()
+        weights[op.name], biases[op.name] = weight.float().contiguous(), bias.float()
+    return Network(model.architecture, normalization, ops, weights, biases)
+
+
+def walk(ops: Sequence[Op], first: Value, do: Callable[[Op, list[Value]], Value]) -> Value:
+    """Runs the operations in order: `do(op, inputs)` makes each value. Values are dropped after their last use."""
+    last_use = {name: i for i, op in enumerate(ops) for name in op.inputs}
+    values = {INPUT: first}
+    result = first
+    for i, op in enumerate(ops):
+        result = do(op, [values[name] for name in op.inputs])
+        values[op.name] = result
+        for name in set(op.inputs):
+            if last_use[name] == i:
+                del values[name]
+    return result
+
+
+def apply_float(op: Op, inputs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """One operation in floating point on real values."""
+    if op.kind == "conv":
+        y = F.conv2d(inputs[0], weight, bias, op.stride, op.padding, groups=op.groups)
+        return y.clamp_(0, 6) if op.relu6 and not y.requires_grad else y.clamp(0, 6) if op.relu6 else y
+    if op.kind == "linear":
+        return F.linear(inputs[0], weight, bias)
+    if op.kind == "pool":
+        return inputs[0].mean((2, 3))
+    return inputs[0] + inputs[1]
+
+
+def forward(network: Network, images: Tensor) -> Tensor:
+    """FP32 logits [B, classes] of uint8 pictures [B, 3, H, W]."""
+
+    def do(op: Op, inputs: list[Tensor]) -> Tensor:
+        return apply_float(op, inputs, network.weights.get(op.name), network.biases.get(op.name))
+
+    return walk(network.ops, network.normalization(images), do)
+
+
+def to_device(network: Network, device: torch.device | str) -> Network:
+    """The network on a device, 4-d weights in channels_last."""
+
+    def move(tensor: Tensor) -> Tensor:
+        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        return tensor.to(device).contiguous(memory_format=layout)
+
+    moved = {name: {k: move(v) for k, v in getattr(network, name).items()} for name in ("weights", "biases")}
+    return dataclasses.replace(network, **moved)
+
+
+@torch.inference_mode()
+def value_sizes(ops: Sequence[Op], weights: Mapping[str, Tensor], size: int = 32) -> dict[str, int]:
+    """Elements of every value for one picture of `size` x `size`, the picture included; found by a run on shapes."""
+    sizes = {INPUT: 3 * size * size}
+
+    def do(op: Op, inputs: list[Tensor]) -> Tensor:
+        weight = weights[op.name].to("meta", torch.float32) if op.has_weight else None
+        y = apply_float(op, inputs, weight, None)
+        sizes[op.name] = y.numel()
+        return y
+
+    walk(ops, torch.empty(1, 3, size, size, device="meta"), do)
+    return sizes
+
+
+def peak_bytes(ops: Sequence[Op], value_bytes: Mapping[str, float]) -> float:
+    """The most bytes of values alive at once: while an operation runs, its inputs, its result and all still needed."""
+    last_use = {name: i for i, op in enumerate(ops) for name in op.inputs}
+    last_use[ops[-1].name] = len(ops)
+    born = {INPUT: -1, **{op.name: i for i, op in enumerate(ops)}}
+    return max(sum(value_bytes[name] for name in born if born[name] <= i <= last_use[name]) for i in range(len(ops)))

@@ -1,0 +1,323 @@
+"""Uniform quantization from scratch: grids, codes, range finding, and a network that runs on integer codes.
+
+A grid is (bits, scale, zero-point): code q in 0 .. 2^bits - 1 stands for the real number scale * (q - zero_point)
+(Jacob et al. 2018, equation 1). Weights have one grid per output channel or one per tensor, activations one per tensor.
+Choosing a grid (`weight_grid`, `activation_grid`) is apart from applying it (`quantize`, `dequantize`).
+
+`integer_forward` runs a quantized network on the codes themselves, held in float32: sums of products of integers are
+exact there below 2^24, so the result is that of int32 hardware, to the last code, whatever the batch size or device.
+Scales and biases are rounded to float16 when a grid is made, before anything is evaluated: what is evaluated is what is
+packed. No quantization API of torch is used.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Normalization
+from models import Architecture
+from network import INPUT, Network, Op, apply_float, walk
+
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; channels below it are dead and their codes become zero
+WEIGHT_RANGES = ("minmax", "mse")
+ACTIVATION_RANGES = ("minmax", "percentile", "mse")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scale: float32 [] or [channels], exactly representable in float16; zero_point: int32, same shape, a code."""
+
+    bits: int
+    scale: Tensor
+    zero_point: Tensor
+
+    @property
+    def highest(self) -> int:
+        return 2**self.bits - 1
+
+    def shaped(self, ndim: int) -> tuple[Tensor, Tensor]:
+        """(scale, zero_point) with dimensions added behind, to broadcast over a tensor [channels, ...] of `ndim`."""
+        shape = (-1,) + (1,) * (ndim - 1) if self.scale.ndim else ()
+        return self.scale.reshape(shape), self.zero_point.reshape(shape)
+
+
+def make_grid(bits: int, low: Tensor, high: Tensor, symmetric: bool = False) -> Grid:
+    """The grid over [low, high] (widened to hold 0, which padding and ReLU need exactly), shapes [] or [channels].
+
+    Symmetric: the zero-point is the middle code 2^(bits-1) and the scale is max(|low|, |high|) / (2^(bits-1) - 1).
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    highest = 2**bits - 1
+    if symmetric:
+        middle = 2 ** (bits - 1)
+        scale = round_scale(torch.maximum(-low, high) / (middle - 1))
+        return Grid(bits, scale, torch.full_like(scale, middle, dtype=torch.int32))
+    scale = round_scale((high - low) / highest)
+    return Grid(bits, scale, (-low / scale).round().clamp(0, highest).int())
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """To the nearest float16 number that is normal, as float32: this is the scale that the packed file holds."""
+    return scale.clamp(SMALLEST_SCALE, 65504.0).half().float()
+
+
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """Codes, uint8, of x's shape: the nearest grid point, ties to even, clipped to the grid's ends."""
+    scale, zero_point = grid.shaped(x.ndim)
+    return ((x / scale).round() + zero_point).clamp(0, grid.highest).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """Real numbers, float32, of the codes' shape."""
+    scale, zero_point = grid.shaped(codes.ndim)
+    return (codes.float() - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
+    """x moved to the grid: `dequantize(quantize(x))` without the detour over integers."""
+    scale, zero_point = grid.shaped(x.ndim)
+    return (x / scale).round().clamp(-zero_point, grid.highest - zero_point) * scale
+
+
+# ------------------------------------------------------------------------------------------------- choosing the grids
+
+
+def weight_grid(
+    weight: Tensor,
+    bits: int,
+    per_channel: bool = True,
+    symmetric: bool = False,
+    range_: str = "minmax",
+    importance: Tensor | None = None,
+    steps: int = 80,
+) -> Grid:
+    """The grid of a weight [out, ...]; scale and zero-point of shape [out], or [] where not `per_channel`.
+
+    minmax: the whole range. mse: of `steps` shrunken ranges (down to a fifth) the one with the least squared error,
+    weighted by `importance` (of weight's shape, or broadcasting to it) where given; the whole range is among them, so
+    it is never worse than minmax on what it minimises.
+    """
+    rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
+    low, high = rows.amin(1), rows.amax(1)
+    if range_ == "minmax":
+        grid = make_grid(bits, low, high, symmetric)
+    elif range_ == "mse":
+        costs = torch.ones_like(rows) if importance is None else importance.expand_as(weight).reshape(rows.shape)
+        candidates = [make_grid(bits, low * share, high * share, symmetric) for share in shares(steps)]
+        errors = torch.stack([(costs * (fake_quantize(rows, g) - rows).square()).sum(1) for g in candidates])
+        best = errors.argmin(0)
+        grid = Grid(bits, *(pick(candidates, name, best) for name in ("scale", "zero_point")))
+    else:
+        raise ValueError(range_)
+    return grid if per_channel else Grid(bits, grid.scale[0], grid.zero_point[0])
+
+
+def shares(steps: int) -> list[float]:
+    return [1 - 0.8 * i / steps for i in range(steps)]
+
+
+def pick(candidates: Sequence[Grid], name: str, best: Tensor) -> Tensor:
+    """For each channel, that field of its best candidate."""
+    return torch.stack([getattr(g, name) for g in candidates]).gather(0, best.unsqueeze(0)).squeeze(0)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What calibration saw of one value: exact extremes, and a random sample [n] of its numbers."""
+
+    low: float
+    high: float
+    sample: Tensor
+
+
+def activation_grid(
+    seen: Observation, bits: int, unsigned: bool, range_: str = "mse", percentile: float = 99.99, steps: int = 80
+) -> Grid:
+    """The per-tensor grid of a value. Unsigned values (after ReLU6) have zero-point 0, others an asymmetric grid.
+
+    minmax: all that was seen. percentile: that share of the sample, in the middle. mse: least squared error over the
+    sample, ends searched alternately among shrunken ones.
+    """
+    low, high = (0.0 if unsigned else min(seen.low, 0.0)), max(seen.high, 0.0)
+    if range_ == "percentile":
+        tail = (100 - percentile) / 100
+        ends = torch.quantile(seen.sample, torch.tensor([tail, 1 - tail], dtype=seen.sample.dtype))
+        low, high = (0.0 if unsigned else min(float(ends[0]), 0.0)), max(float(ends[1]), 0.0)
+    elif range_ == "mse":
+        low, high = least_squares_range(seen.sample, bits, low, high, steps)
+    elif range_ != "minmax":
+        raise ValueError(range_)
+    return make_grid(bits, torch.tensor(low), torch.tensor(high))
+
+
+def least_squares_range(sample: Tensor, bits: int, low: float, high: float, steps: int) -> tuple[float, float]:
+    """Ends of the grid with the least squared error over `sample`, by coordinate descent from both ends."""
+
+    def error(ends: tuple[float, float]) -> float:
+        grid = make_grid(bits, torch.tensor(ends[0]), torch.tensor(ends[1]))
+        return float((fake_quantize(sample, grid) - sample).square().sum())
+
+    best = min(((low * share, high * share) for share in shares(steps)), key=error)
+    if low < 0:
+        for _ in range(2):
+            best = min(((low * share, best[1]) for share in [*shares(steps // 2), best[0] / low]), key=error)
+            best = min(((best[0], high * share) for share in [*shares(steps // 2), best[1] / high]), key=error)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------- the quantized network
+
+
+@dataclass(frozen=True)
+class Layer:
+    """codes: uint8, the weight's shape, with its grid; or the FP32 weight itself where grid is None. bias: [out].
+
+    A quantized layer's bias is exactly representable in float16.
+    """
+
+    codes: Tensor
+    grid: Grid | None
+    bias: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The real weight, float32."""
+        return self.codes if self.grid is None else dequantize(self.codes, self.grid)
+
+
+@dataclass(frozen=True)
+class QuantizedNetwork:
+    """layers: name → Layer; activations: name of a value → its grid, empty where activations stay FP32."""
+
+    architecture: Architecture
+    normalization: Normalization
+    ops: tuple[Op, ...]
+    layers: Mapping[str, Layer]
+    activations: Mapping[str, Grid]
+
+
+def quantize_layer(weight: Tensor, bias: Tensor, grid: Grid | None) -> Layer:
+    """Rounds a weight to the nearest codes of its grid (None: keeps it in FP32)."""
+    return Layer(weight, None, bias) if grid is None else Layer(quantize(weight, grid), grid, bias.half().float())
+
+
+def float_network(network: Network) -> QuantizedNetwork:
+    """The FP32 network in the form of a quantized one with nothing quantized."""
+    layers = {op.name: Layer(network.weights[op.name], None, network.biases[op.name]) for op in network.weighted}
+    return QuantizedNetwork(network.architecture, network.normalization, network.ops, layers, {})
+
+
+def with_layers(network: QuantizedNetwork, changes: Mapping[str, Layer]) -> QuantizedNetwork:
+    return replace(network, layers={**network.layers, **changes})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One prepared operation on values u that stand for scale * u. weight, bias: of the integer sums, or real ones.
+
+    multiplier: [1, out, 1, 1] or [1, out] or a number per input; low, high: the output's ends, None for no grid.
+    """
+
+    op: Op
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    multiplier: Tensor | tuple[float, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> list[Step]:
+    """The steps of `integer_forward`, computed once a network: integer weights, int32 biases, requantization factors.
+
+    A quantized value u is q - zero_point, an integer; an FP32 value is itself with scale 1.
+    """
+    scales = {INPUT: 1.0 / network.normalization.std}
+    steps = []
+    for op in network.ops:
+        grid = network.activations.get(op.name)
+        out = float(grid.scale) if grid else 1.0
+        scales[op.name] = out
+        ends = (-float(grid.zero_point), float(grid.highest - grid.zero_point)) if grid else (None, None)
+        inputs = [scales[name] for name in op.inputs]
+        if not op.has_weight:
+            steps.append(Step(op, multiplier=tuple(s / out for s in inputs), low=ends[0], high=ends[1]))
+            continue
+        layer = network.layers[op.name]
+        weight, bias, factor = layer.weight.double(), layer.bias.double(), None
+        integer = bool(network.activations)
+        if integer:
+            layer_scale = layer.grid.scale.double() if layer.grid else torch.ones((), dtype=torch.float64)
+            layer_scale = layer_scale.expand(len(bias))
+            weight = weight / layer_scale.view(-1, *(1,) * (weight.ndim - 1))
+            bias = bias / (layer_scale * inputs[0])
+            if layer.grid:  # exact integers
+                weight, bias = weight.round(), bias.round()
+            factor = (layer_scale * inputs[0] / out).float().view(1, -1, *(1,) * (weight.ndim - 2)).to(device)
+        else:
+            weight = weight * inputs[0]
+        layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        weight = weight.float().to(device).contiguous(memory_format=layout)
+        steps.append(Step(op, weight, bias.float().to(device), factor, *ends))
+    return steps
+
+
+def run_step(step: Step, inputs: Sequence[Tensor]) -> Tensor:
+    """One operation on prepared values; writes only to tensors that it made."""
+    op = step.op
+    if op.kind == "add":
+        y = torch.mul(inputs[0], step.multiplier[0]).add_(torch.mul(inputs[1], step.multiplier[1]))
+    elif op.kind == "pool":
+        y = inputs[0].sum((2, 3)).mul_(step.multiplier[0] / (inputs[0].shape[2] * inputs[0].shape[3]))
+    else:
+        if op.kind == "conv":
+            y = F.conv2d(inputs[0], step.weight, step.bias, op.stride, op.padding, groups=op.groups)
+        else:
+            y = F.linear(inputs[0], step.weight, step.bias)
+        if step.multiplier is not None:
+            y.mul_(step.multiplier)
+    if step.low is not None:
+        return y.round_().clamp_(step.low, step.high)  # ReLU6 is in the ends: low 0, high at most 6 / scale
+    return y.clamp_(0, 6) if op.relu6 else y
+
+
+@torch.inference_mode()
+def integer_forward(steps: Sequence[Step], normalization: Normalization, images: Tensor) -> Tensor:
+    """Logits [B, classes] of uint8 pictures [B, 3, H, W]. The picture's grid: zero-point the mean, scale 1 / std."""
+    pixels = replace(normalization, std=1.0)(images)
+    by_name = {step.op.name: step for step in steps}
+    return walk([step.op for step in steps], pixels, lambda op, inputs: run_step(by_name[op.name], inputs))
+
+
+def predictor(network: QuantizedNetwork, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+    """uint8 pictures [B, 3, 32, 32] on the device → logits [B, classes]."""
+    steps = prepare(network, device)
+    return lambda images: integer_forward(steps, network.normalization, images)
+
+
+def largest_sum(network: QuantizedNetwork) -> float:
+    """A bound on every partial sum of the integer convolutions: below 2^24, float32 sums are exact."""
+    steps, worst = prepare(network), 0.0
+    highest = {INPUT: 255.0 - min(network.normalization.mean)}
+    highest[INPUT] = max(highest[INPUT], max(network.normalization.mean))
+    for step in steps:
+        if step.op.has_weight and network.layers[step.op.name].grid is not None and network.activations:
+            sums = step.weight.abs().flatten(1).sum(1) * highest[step.op.inputs[0]] + step.bias.abs()
+            worst = max(worst, float(sums.max()))
+        if step.low is not None:
+            highest[step.op.name] = max(-step.low, step.high)
+    return worst
+
+
+def fake_forward(network: QuantizedNetwork, images: Tensor) -> Tensor:
+    """The same network in real numbers with fake quantization: what training and search see. Not for evaluation."""
+
+    def do(op: Op, inputs: list[Tensor]) -> Tensor:
+        layer = network.layers.get(op.name)
+        y = apply_float(op, inputs, layer and layer.weight, layer and layer.bias)
+        grid = network.activations.get(op.name)
+        return fake_quantize(y, grid) if grid else y
+
+    return walk(network.ops, network.normalization(images), do)

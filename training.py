@@ -1,0 +1,192 @@
+"""One training run of a network: schedule, optimiser, epoch loop, and a state that is saved and resumed at any step.
+
+Recipe: SGD with Nesterov momentum, cosine with linear warm-up (Loshchilov & Hutter 2017; Goyal et al. 2017), label
+smoothing (Szegedy et al. 2016), weight decay on convolution and linear weights only, exponential moving average of the
+weights by choice. All random draws of an epoch come from (seed, epoch), so a run resumed in the middle of an epoch
+continues with the same pictures, and on a CPU ends with the same bits as the uninterrupted run.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Augmentation, Normalization, Split, augment, epoch_draws
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of a run, given the data and the first weights."""
+
+    epochs: int = 300
+    batch_size: int = 128
+    lr: float = 0.1
+    scheduler: str = "cosine"
+    warmup_epochs: float = 5.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    ema_decay: float = 0.0
+    augmentation: Augmentation = Augmentation()
+    progressive_sizes: tuple[int, ...] = ()
+    max_minutes: float = 0.0
+    bf16: bool = False
+    seed: int = 0
+
+
+@dataclass
+class State:
+    """A run in progress: the network, its average, the optimiser and how far it is. The only mutable thing here."""
+
+    model: nn.Module
+    average: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    seconds: float = 0.0  # of training, over all parts of the run
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, correct of this epoch
+    best_accuracy: float = -1.0
+
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and saved: the average if there is one."""
+        return self.average if self.average is not None else self.model
+
+
+def start(model: nn.Module, recipe: Recipe, device: torch.device) -> State:
+    model = model.to(device, memory_format=torch.channels_last)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]  # norms and biases
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    average = copy.deepcopy(model).requires_grad_(False).eval() if recipe.ema_decay else None
+    return State(model, average, optimizer, sums=torch.zeros(2, dtype=torch.float64, device=device))
+
+
+def steps_per_epoch(pictures: int, batch_size: int) -> int:
+    """Batches an epoch; the last, smaller one counts."""
+    return math.ceil(pictures / batch_size)
+
+
+def progress(state: State, recipe: Recipe, steps: int) -> float:
+    """How far the run is, 0 to 1: by epochs, or by the clock where `max_minutes` ends it sooner."""
+    done = (state.epoch + state.step / steps) / recipe.epochs
+    if recipe.max_minutes:
+        done = max(done, state.seconds / (60 * recipe.max_minutes))
+    return min(done, 1.0)
+
+
+def learning_rate(done: float, recipe: Recipe) -> float:
+    """Linear warm-up over `warmup_epochs` of the epochs, then cosine to 0 (or constant)."""
+    warmup = recipe.warmup_epochs / recipe.epochs
+    if done < warmup:
+        return recipe.lr * max(done, 1e-3 * warmup) / warmup
+    if recipe.scheduler == "constant":
+        return recipe.lr
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-9)))
+
+
+def picture_size(done: float, recipe: Recipe, full: int) -> int:
+    """Progressive resolution (Tan & Le 2021, EfficientNetV2, section 4): equal shares of the run for each size."""
+    sizes = recipe.progressive_sizes or (full,)
+    return sizes[min(int(done * len(sizes)), len(sizes) - 1)]
+
+
+def train_epoch(
+    state: State,
+    train: Split,
+    recipe: Recipe,
+    normalization: Normalization,
+    forward: Callable[[Tensor], Tensor],
+    on_step: Callable[[float, int, int], bool],
+) -> bool:
+    """Trains to the end of the epoch; `train` lies on the device. True if the epoch is complete.
+
+    `on_step(learning rate, side of the pictures, pictures)` is called after every step; when it returns False the
+    epoch stops there, in a state that can be saved and resumed.
+    """
+    device = train.images.device
+    order, draws = epoch_draws(len(train), recipe.seed, state.epoch, device)
+    steps = steps_per_epoch(len(train), recipe.batch_size)
+    state.model.train()
+    while state.step < steps:
+        begun = time.perf_counter()
+        done = progress(state, recipe, steps)
+        rate = learning_rate(done, recipe)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        picks = slice(state.step * recipe.batch_size, (state.step + 1) * recipe.batch_size)
+        batch = train[order[picks]]
+        x = augment(batch.images, recipe.augmentation, normalization, draws[picks])
+        size = picture_size(done, recipe, x.shape[-1])
+        if size != x.shape[-1]:
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+            logits = forward(x)
+        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.optimizer.step()
+        with torch.no_grad():
+            state.sums[0] += loss.detach() * len(batch)
+            state.sums[1] += (logits.argmax(1) == batch.labels).sum()
+            if state.average is not None:
+                update_average(state.average, state.model, recipe.ema_decay, state.epoch * steps + state.step)
+        state.step += 1
+        state.seconds += time.perf_counter() - begun
+        if not on_step(rate, size, len(batch)) and state.step < steps:
+            return False
+        if recipe.max_minutes and progress(state, recipe, steps) >= 1.0:
+            break
+    return True
+
+
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of weights and batch statistics; the decay warms up as (1 + step) / (10 + step)."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    mine, theirs = average.state_dict(), model.state_dict()
+    floats = [name for name, tensor in mine.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([mine[n] for n in floats], [theirs[n] for n in floats], weight)
+    for name in mine.keys() - set(floats):
+        mine[name].copy_(theirs[name])
+
+
+def end_epoch(state: State, pictures: int) -> tuple[float, float]:
+    """(mean loss, accuracy in percent) of the finished epoch; moves the state to the next one."""
+    loss, correct = (state.sums / pictures).tolist()
+    state.sums.zero_()
+    state.epoch, state.step = state.epoch + 1, 0
+    return loss, 100 * correct
+
+
+def to_dict(state: State) -> dict[str, Any]:
+    """Everything needed to go on: plain tensors and numbers, so that it loads with `weights_only=True`."""
+    return {
+        "model": state.model.state_dict(),
+        "average": state.average.state_dict() if state.average is not None else None,
+        "optimizer": state.optimizer.state_dict(),
+        "numbers": {n: getattr(state, n) for n in ("epoch", "step", "seconds", "best_accuracy")},
+        "sums": state.sums,
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state() if state.sums.is_cuda else None,
+    }
+
+
+def restore(state: State, saved: dict[str, Any]) -> None:
+    """Puts `saved` (from `to_dict`) into `state`, made by `start` with the same recipe."""
+    state.model.load_state_dict(saved["model"])
+    if state.average is not None:
+        state.average.load_state_dict(saved["average"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    for name, value in saved["numbers"].items():
+        setattr(state, name, value)
+    state.sums.copy_(saved["sums"])
+    torch.set_rng_state(saved["random"].cpu())
+    if saved["random_cuda"] is not None and state.sums.is_cuda:
+        torch.cuda.set_rng_state(saved["random_cuda"].cpu())
