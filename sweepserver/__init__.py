@@ -1,0 +1,71 @@
+"""A small local server that the real, unmodified W&B client talks to: sweeps, runs, files, artifacts, pages.
+
+`python -m sweepserver` starts it; `start()` here starts one as a process of its own, for tests and scripts. Nothing
+else in this project imports it. README.md beside this file says what it can do.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Running:
+    """A running server. `env` is what the W&B client needs to find it."""
+
+    url: str
+    key: str
+    link: str
+    pid: int
+    process: subprocess.Popen
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": self.key}
+
+
+def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) -> Running:
+    """Starts `python -m sweepserver` on `folder` and waits until it answers. The caller ends `process`.
+
+    Raises RuntimeError with the server's own words where it does not come up.
+    """
+    command = [sys.executable, "-m", "sweepserver", "--data-dir", str(folder), "--port", str(port), *flags]
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": path})
+    end = time.monotonic() + wait
+    while time.monotonic() < end and process.poll() is None:
+        ready = read_ready(folder)
+        if ready and ready["pid"] == process.pid:
+            return Running(ready["url"], ready["key"], ready["link"], process.pid, process)
+        time.sleep(0.05)
+    if process.poll() is None:
+        process.kill()
+    raise RuntimeError(f"sweepserver did not start: {process.communicate()[1].strip()}")
+
+
+@contextlib.contextmanager
+def start(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) -> Iterator[Running]:
+    """`launch`, ended with the block."""
+    server = launch(folder, *flags, port=port, wait=wait)
+    try:
+        yield server
+    finally:
+        server.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.communicate(timeout=10)
+        server.process.kill()
+
+
+def read_ready(folder: str | Path) -> dict | None:
+    """What a running server says of itself (url, key, link, pid); None where there is none."""
+    try:
+        return json.loads((Path(folder) / "server.json").read_text())
+    except (OSError, ValueError):
+        return None

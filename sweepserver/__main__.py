@@ -1,0 +1,159 @@
+"""python -m sweepserver          starts the server; prints two exports and its address
+python -m sweepserver env      prints the exports of a running one, for `eval "$(python -m sweepserver env)"`
+python -m sweepserver link     prints a new one-time login link of a running one
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+import urllib.request
+from pathlib import Path
+
+from errors import UserError, run_main
+
+from . import read_ready
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m sweepserver", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", default="serve", choices=["serve", "env", "link"])
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8085, help="port; 0 takes a free one (default %(default)s)")
+    parser.add_argument("--data-dir", type=Path, default=Path("sweepserver-data"),
+                        help="where all of it is kept (default ./%(default)s)")
+    parser.add_argument("--entity", default="local", help="name of the user that runs belong to (default %(default)s)")
+    parser.add_argument("--retries", type=int, default=2,
+                        help="how often the configuration of a crashed run is handed out again (default %(default)s)")
+    parser.add_argument("--agent-timeout", type=float, default=60.0, metavar="SECONDS",
+                        help="silence of a run and its agent after which it counts as crashed (default %(default)s)")
+    parser.add_argument("--stop-grace", type=float, default=20.0, metavar="SECONDS",
+                        help="time for a run to stop by itself before SIGTERM (default %(default)s)")
+    parser.add_argument("--max-upload-mb", type=int, default=8192, help="largest file taken (default %(default)s)")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
+                        help="env and link: how long to wait for the server to come up")
+    args = parser.parse_args(argv)
+    if args.retries < 0 or args.agent_timeout <= 0 or args.stop_grace < 0 or args.max_upload_mb < 1:
+        parser.error("--retries and --stop-grace take 0 or more, --agent-timeout and --max-upload-mb more than 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    serve(args) if args.command == "serve" else ask(args)
+
+
+def ask(args: argparse.Namespace) -> None:
+    """`env` and `link`: speak to the running server of this data folder."""
+    end = time.monotonic() + args.wait
+    while (ready := _answering(args.data_dir)) is None:
+        if time.monotonic() >= end:
+            raise UserError(f"no server runs on --data-dir {args.data_dir}; start one: python -m sweepserver &")
+        time.sleep(0.1)
+    if args.command == "env":
+        print(f"export WANDB_BASE_URL={ready['url']}\nexport WANDB_API_KEY={ready['key']}")
+        return
+    request = urllib.request.Request(ready["url"] + "/link", method="POST", headers={"Authorization": _basic(ready)})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        print(json.load(answer)["url"])
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Runs until it is told to end."""
+    folder = args.data_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chmod(folder, 0o700)
+        lock = (folder / "lock").open("a")  # held as long as the process lives
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--data-dir {folder} is in use by another sweepserver; give this one its own") from None
+    except OSError as error:
+        raise UserError(f"--data-dir {folder}: cannot write there ({error.strerror})") from None
+    listener = _listen(args.host, args.port)
+    key = _key(folder)
+
+    import uvicorn
+
+    from .app import LINK, Settings, build
+    from .scheduler import Rules
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    rules = Rules(args.retries, args.agent_timeout, args.stop_grace)
+    app = build(Settings(folder, key, args.entity, rules, args.max_upload_mb * 2**20))
+    port = listener.getsockname()[1]
+    shown = socket.gethostname() if args.host in ("0.0.0.0", "::", "") else args.host
+    url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    link = f"{url}/login?ticket={app.state.server.new_ticket('login', LINK)}"
+    _write_private(folder / "server.json", json.dumps({"url": url, "key": key, "link": link, "pid": os.getpid()}))
+    print(f"export WANDB_BASE_URL={url}\nexport WANDB_API_KEY={key}\n"
+          f"# pages: {link}\n#        (works once; `python -m sweepserver link` prints a new one)", flush=True)
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        print("# plain HTTP on a network: the key travels readable; use a tunnel or a trusted network", flush=True)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on",
+                            timeout_graceful_shutdown=3, timeout_keep_alive=65)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        (folder / "server.json").unlink(missing_ok=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(512)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on --host {host} --port {port}: {reason}; --port 0 takes a free port") from None
+    return listener
+
+
+def _key(folder: Path) -> str:
+    """This folder's API key, made once and readable by its owner alone."""
+    path = folder / "key"
+    if not path.exists():
+        _write_private(path, secrets.token_hex(20))
+    if path.stat().st_mode & 0o077:
+        raise UserError(f"{path} can be read by others: chmod 600 {path}")
+    key = path.read_text().strip()
+    if len(key) < 40:
+        raise UserError(f"{path} holds no key of 40 letters; delete it and a new one is made")
+    return key
+
+
+def _write_private(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        out.write(text)
+    os.replace(part, path)
+
+
+def _answering(folder: Path) -> dict | None:
+    ready = read_ready(folder)
+    if ready is None:
+        return None
+    try:
+        with urllib.request.urlopen(ready["url"] + "/healthz", timeout=2):
+            return ready
+    except OSError:
+        return None
+
+
+def _basic(ready: dict) -> str:
+    import base64
+
+    return "Basic " + base64.b64encode(f"api:{ready['key']}".encode()).decode()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,301 @@
+"""Runs: what the client says of one (upsert, file stream), and reading it back (history, filters, orders)."""
+
+import base64
+import json
+import math
+import random
+import re
+
+from .store import Store, clean, clean_text, now, parsed
+
+STREAMS = {"wandb-history.jsonl": "history", "wandb-events.jsonl": "events", "output.log": "log"}
+_ADJECTIVES = "amber bold brisk calm clear crisp eager fair fresh gentle keen light lively lucid neat quick quiet warm"
+_NOUNS = "aurora brook cedar cloud dune ember fern field harbor lake maple meadow moon pine reef river sky star"
+
+
+class Runs:
+    def __init__(self, store: Store):
+        self.store = store
+
+    def project(self, entity: str, name: str, create: bool = False):
+        """The row of a project, None where there is none (and `create` is false)."""
+        row = self.store.one("SELECT * FROM project WHERE entity=? AND name=?", entity, name)
+        if row is None and create:
+            with self.store.write() as db:
+                db.execute("INSERT OR IGNORE INTO project(entity, name, created) VALUES(?,?,?)", (entity, name, now()))
+            row = self.project(entity, name)
+        return row
+
+    def get(self, project: int, name: str):
+        return self.store.one("SELECT * FROM run WHERE project=? AND name=?", project, name)
+
+    def by_id(self, storage_id: str):
+        """The run of an opaque id that `storage_id()` made."""
+        try:
+            return self.store.one("SELECT * FROM run WHERE id=?", int(base64.b64decode(storage_id).split(b":")[1]))
+        except (ValueError, IndexError):
+            return None
+
+    @staticmethod
+    def storage_id(run) -> str:
+        return base64.b64encode(f"Run:{run['id']}:{run['name']}".encode()).decode()
+
+    def create(self, project: int, name: str, **columns) -> int:
+        columns.setdefault("display_name", _display_name(name))
+        return self.store.insert("run", project=project, name=name, created=now(), heartbeat=now(), **columns)
+
+    def upsert(self, project: int | None, given: dict):
+        """UpsertBucket in all its shapes; answers (row, inserted). A null never erases."""
+        known = {"config": "config", "summaryMetrics": "summary", "displayName": "display_name", "notes": "notes",
+                 "description": "description", "groupName": "group", "jobType": "job_type", "host": "host",
+                 "jobProgram": "program", "commit": "commit", "sweep": "sweep"}
+        columns = {known[key]: value for key, value in given.items() if key in known and value is not None}
+        if given.get("tags") is not None:
+            columns["tags"] = json.dumps(given["tags"])
+        with self.store.write():
+            row = self.by_id(given["id"]) if given.get("id") else self.get(project, given["name"])
+            if row is None:
+                if given.get("id"):
+                    return None, False
+                columns = {**columns, "state": given.get("state") or "running"}
+                return self.store.one("SELECT * FROM run WHERE id=?", self.create(project, given["name"], **columns)), 1
+            by_run = not given.get("id") and (given.get("host") or given.get("jobProgram"))
+            if by_run and row["state"] != "running":  # pending at its start, or an ended one resumed
+                columns.update(state="running", ended=None, stop_at=None, stop_why=None, stop_sent=0, preempting=0,
+                               heartbeat=now())
+                if row["state"] == "pending":
+                    columns["created"] = now()  # the clock of a run starts when it does
+            if columns.get("display_name") == "":
+                del columns["display_name"]
+            self.store.update("run", row["id"], **columns)
+            return self.store.one("SELECT * FROM run WHERE id=?", row["id"]), False
+
+    def touch(self, run) -> None:
+        self.store.update("run", run["id"], heartbeat=now())
+
+    def stream(self, run, files: dict) -> None:
+        """The `files` part of a file stream: lines by offset, so that a retry overwrites what it sent before."""
+        lines = []
+        for name, part in files.items():
+            content = part.get("content") or []
+            offset = int(part.get("offset") or 0)
+            if name == "wandb-summary.json":
+                if content and isinstance(parsed(content[-1]), dict):
+                    self.store.update("run", run["id"], summary=content[-1])
+            elif name in STREAMS:
+                stream = STREAMS[name]
+                for i, text in enumerate(content):
+                    row = parsed(text, {}) if stream == "history" else {}
+                    step = row.get("_step", offset + i) if isinstance(row, dict) else offset + i
+                    lines.append((run["id"], stream, offset + i, step, str(text)))
+        with self.store.write() as db:
+            db.executemany("INSERT OR REPLACE INTO line(run, stream, idx, step, text) VALUES(?,?,?,?,?)", lines)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def config(self, run) -> dict:
+        """Flat config, without W&B's own entries."""
+        return {name: entry.get("value") if isinstance(entry, dict) and "value" in entry else entry
+                for name, entry in parsed(run["config"], {}).items() if name not in ("_wandb", "wandb_version")}
+
+    def summary(self, run) -> dict:
+        return parsed(run["summary"], {})
+
+    def count(self, run, stream: str) -> int:
+        return self.store.value("SELECT COUNT(*) FROM line WHERE run=? AND stream=?", run["id"], stream)
+
+    def texts(self, run, stream: str, low: int | None = None, high: int | None = None) -> list[str]:
+        """The stored lines in order, those with low <= step < high where asked."""
+        sql = "SELECT text FROM line WHERE run=? AND stream=? AND step>=? AND step<? ORDER BY idx"
+        values = (-(2**62) if low is None else low, 2**62 if high is None else high)
+        return [row["text"] for row in self.store.all(sql, run["id"], stream, *values)]
+
+    def rows(self, run, stream: str, low: int | None = None, high: int | None = None) -> list[dict]:
+        return [row for row in (parsed(text) for text in self.texts(run, stream, low, high)) if isinstance(row, dict)]
+
+    def history(self, run, stream: str, samples: int | None, low: int | None, high: int | None) -> list[str]:
+        """JSON texts, at most `samples` of them: the next page where steps are given, else evenly spread."""
+        texts = self.texts(run, stream, low, high)
+        if samples and len(texts) > samples:
+            texts = texts[:samples] if high is not None else spread(texts, samples)
+        return [clean_text(text) for text in texts]
+
+    def sampled(self, run, spec: dict) -> list[dict]:
+        """Rows that hold all of `keys`, those keys alone; minStep and maxStep both inclusive."""
+        keys, samples = spec.get("keys") or [], int(spec.get("samples") or 500)
+        high = spec.get("maxStep")
+        rows = self.rows(run, "history", spec.get("minStep"), None if high is None else int(high) + 1)
+        rows = [{key: row[key] for key in keys} if keys else row for row in rows if all(key in row for key in keys)]
+        return clean(spread(rows, samples))
+
+    def history_keys(self, run) -> dict:
+        kinds: dict[str, dict[str, int]] = {}
+        last = -1
+        for row in self.rows(run, "history"):
+            last = max(last, row.get("_step", last))
+            for key, value in row.items():
+                kind = "number" if isinstance(value, int | float) else ("string" if isinstance(value, str) else "map")
+                counts = kinds.setdefault(key, {})
+                counts[kind] = counts.get(kind, 0) + 1
+        keys = {key: {"typeCounts": [{"type": kind, "count": n} for kind, n in counts.items()]}
+                for key, counts in kinds.items()}
+        return {"lastStep": last, "sets": [], "keys": keys}
+
+    def find(self, project: int, filters=None, order: str | None = None) -> list:
+        """The runs of a project that pass Mongo-like `filters`, in `order` ("-summary_metrics.acc,+created_at")."""
+        rows = self.store.all("SELECT * FROM run WHERE project=?", project)
+        filters = parsed(filters, {}) if isinstance(filters, str) else filters
+        views = [_View(self, row) for row in rows]
+        if filters:
+            views = [view for view in views if matches(view, filters)]
+        views.sort(key=lambda view: view.row["id"])
+        for part in reversed((order or "+created_at").split(",")):
+            name, descending = part.strip().lstrip("+-"), part.strip().startswith("-")
+            keyed = [(sortable(view.get(name)), view) for view in views]
+            known = [pair for pair in keyed if pair[0] is not None]
+            known.sort(key=lambda pair: pair[0], reverse=descending)
+            views = [view for _, view in known] + [view for key, view in keyed if key is None]  # unknown ones last
+        return [view.row for view in views]
+
+
+class _View:
+    """One run as filters and orders see it; parses config and summary only when they are asked for."""
+
+    COLUMNS = {"name": "name", "display_name": "display_name", "displayName": "display_name", "state": "state",
+               "sweep": "sweep", "group": "group", "job_type": "job_type", "jobType": "job_type", "tags": "tags",
+               "created_at": "created", "createdAt": "created", "heartbeat_at": "heartbeat", "updated_at": "heartbeat",
+               "heartbeatAt": "heartbeat", "host": "host", "commit": "commit", "notes": "notes",
+               "description": "description"}  # fmt: skip
+
+    def __init__(self, runs: Runs, row):
+        self.runs, self.row, self._cache = runs, row, {}
+
+    def get(self, name: str):
+        """The value of a filter's field, None where the run lacks it."""
+        root, _, rest = name.partition(".")
+        if root in ("config", "summary_metrics", "summaryMetrics", "summary") and rest:
+            if root not in self._cache:
+                self._cache[root] = self.runs.config(self.row) if root == "config" else self.runs.summary(self.row)
+            values = self._cache[root]
+            value = dig(values, rest)
+            return dig(values, rest.removesuffix(".value")) if value is None and rest.endswith(".value") else value
+        if root == "tags":
+            return json.loads(self.row["tags"])
+        if root == "duration":
+            return (self.row["ended"] or self.row["heartbeat"]) - self.row["created"]
+        return self.row[self.COLUMNS[root]] if root in self.COLUMNS else None
+
+
+def dig(values, path: str):
+    """Flat first ("val/acc", "a.b"), then nested; {"max": v} of define_metric(summary="max") is v."""
+    if not isinstance(values, dict):
+        return None
+    if path in values:
+        value = values[path]
+        if isinstance(value, dict) and len(value) == 1:
+            key, inner = next(iter(value.items()))
+            return inner if key in ("min", "max", "mean", "last", "best") else value
+        return value
+    for cut in [i for i, letter in enumerate(path) if letter == "."]:
+        if path[:cut] in values:
+            return dig(values[path[:cut]], path[cut + 1 :])
+    return None
+
+
+def sortable(value):
+    """A key that orders numbers before texts; None for what has no place (missing, NaN)."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool | int | float):
+        return (0, value, "")
+    return None if value in ("NaN", "") else (1, 0, str(value))
+
+
+def matches(view: _View, filters: dict) -> bool:
+    """MongoDB's query language, the part that the client uses. An unknown operator matches nothing."""
+    for name, wanted in filters.items():
+        if name in ("$and", "$or", "$nor"):
+            hits = [matches(view, part) for part in (wanted if isinstance(wanted, list) else [wanted])]
+            if not {"$and": all(hits), "$or": any(hits), "$nor": not any(hits)}[name]:
+                return False
+        elif name == "$not":
+            if matches(view, wanted):
+                return False
+        elif not _passes(view.get(name), wanted, name):
+            return False
+    return True
+
+
+def _passes(value, wanted, name: str) -> bool:
+    if not (isinstance(wanted, dict) and any(str(key).startswith("$") for key in wanted)):
+        return _equal(value, wanted)
+    return all(_operator(value, key, operand, name) for key, operand in wanted.items())
+
+
+def _operator(value, key: str, operand, name: str) -> bool:
+    if key == "$eq":
+        return _equal(value, operand)
+    if key == "$ne":
+        return not _equal(value, operand)
+    if key in ("$in", "$nin"):
+        return any(_equal(value, item) for item in operand) == (key == "$in")
+    if key == "$exists":
+        return (value is not None) == bool(operand)
+    if key == "$not":
+        return not _passes(value, operand, name)
+    if key == "$regex":
+        try:
+            return isinstance(value, str) and re.search(operand, value) is not None
+        except re.error:
+            return False
+    if key == "$all":
+        return isinstance(value, list) and all(item in value for item in operand)
+    if key in ("$gt", "$gte", "$lt", "$lte"):
+        if name.split(".")[0] in ("created_at", "createdAt", "heartbeat_at", "heartbeatAt", "updated_at"):
+            operand = _seconds(operand)
+        left, right = sortable(value), sortable(operand)
+        if left is None or right is None or left[0] != right[0]:
+            return False
+        return {"$gt": left > right, "$gte": left >= right, "$lt": left < right, "$lte": left <= right}[key]
+    return False
+
+
+def _equal(value, wanted) -> bool:
+    if isinstance(value, list) and not isinstance(wanted, list):
+        return wanted in value  # tags
+    return value == wanted
+
+
+def _seconds(text):
+    from datetime import UTC, datetime
+
+    if not isinstance(text, str):
+        return text
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def log_line(number: int, text: str) -> dict:
+    """A line of output.log: `[ERROR ]TIMESTAMP text`."""
+    level = "error" if text.startswith("ERROR ") else None
+    stamp, _, line = text.removeprefix("ERROR ").partition(" ")
+    if not re.match(r"\d{4}-\d\d-\d\dT", stamp):
+        stamp, line = None, text
+    return {"number": number, "timestamp": stamp, "level": level, "label": None, "line": line}
+
+
+def spread(rows: list, samples: int) -> list:
+    """At most `samples` of the rows, evenly spread, first and last among them."""
+    if len(rows) <= samples:
+        return rows
+    if samples < 2:
+        return rows[-samples:] if samples else []
+    return [rows[round(i * (len(rows) - 1) / (samples - 1))] for i in range(samples)]
+
+
+def _display_name(seed: str) -> str:
+    rng = random.Random(seed)
+    return f"{rng.choice(_ADJECTIVES.split())}-{rng.choice(_NOUNS.split())}-{rng.randint(1, 999)}"
