@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -97,6 +99,7 @@ def serve(args: argparse.Namespace) -> None:
         print("# plain HTTP on a network: the key travels readable; use a tunnel or a trusted network", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on",
                             timeout_graceful_shutdown=3, timeout_keep_alive=65)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends in order and then raises it once more
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
@@ -143,6 +146,7 @@ def _answering(folder: Path) -> dict | None:
     if ready is None:
         return None
     try:
+        os.kill(ready["pid"], 0)  # of a server that was killed, the file is still there
         with urllib.request.urlopen(ready["url"] + "/healthz", timeout=2):
             return ready
     except OSError:

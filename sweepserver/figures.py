@@ -57,7 +57,7 @@ def pareto(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict | 
         data.append({"type": "scatter", "mode": "markers", "name": "FP32", "x": [fp32[0][0]], "y": [fp32[0][1]],
                      "marker": {"symbol": "star", "size": 14, "color": REFERENCE},
                      "hovertemplate": "FP32<br>%{y:.5g} at %{x:.5g} MB<extra></extra>"})
-        layout["xaxis"]["type"] = "log"
+        layout["xaxis"].update(type="log", dtick="D2")
     return {"data": data, "layout": layout}
 
 
@@ -143,7 +143,7 @@ def _dimension(name: str, values: list) -> dict:
     """An axis: numbers as they are, a few distinct ones or texts as ticks."""
     distinct = ordered(set(map(_hashable, values)))
     if all(number(v) for v in distinct):
-        ticks = {"tickvals": distinct} if len(distinct) <= 8 else {}
+        ticks = {"tickvals": distinct, "ticktext": [f"{v:.4g}" for v in distinct]} if len(distinct) <= 8 else {}
         if len(distinct) > 2 and distinct[0] > 0 and distinct[-1] / distinct[0] > 500:  # a learning rate: by decades
             logs = [math.log10(v) for v in values]
             tens = range(math.floor(min(logs)), math.ceil(max(logs)) + 1)

@@ -231,12 +231,12 @@ def _seconds(run) -> float:
 
 
 def _summary_columns(runs: list[dict], metric: str | None, most: int = 7) -> list[str]:
-    """The numeric summary keys that the table shows: the metric, then those that vary."""
-    known = ["test_acc_fp32", "acc_drop", "model_size_mb", "compression_ratio_model", "compression_ratio_weights",
+    """The numeric summary keys that the table shows: the metric, then known ones and those that vary."""
+    known = ["acc_drop", "model_size_mb", "compression_ratio_model", "compression_ratio_weights",
              "compression_ratio_activations", "calib_seconds", "eval_seconds"]
     keys = {key for run in runs for key, value in run["summary"].items()
             if not key.startswith("_") and figures.number(value)}
-    keys.discard(metric)
+    keys = {key for key in keys if key != metric and (key in known or len({r["summary"].get(key) for r in runs}) > 2)}
     ranked = sorted(keys, key=lambda key: (known.index(key) if key in known else len(known), key))
     return ([metric] if metric else []) + ranked[: most - 1]
 
@@ -253,7 +253,7 @@ def show(value) -> str:
     if isinstance(value, bool) or value is None:
         return "–" if value is None else str(value).lower()
     if isinstance(value, float):
-        return f"{value:.5g}"
+        return f"{value:.5g}".replace("nan", "NaN")
     if isinstance(value, str | int):
         return str(value)
     text = json.dumps(clean(value), default=str)

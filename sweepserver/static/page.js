@@ -19,6 +19,7 @@ function draw(element, figure) {
     font: { family: "system-ui, sans-serif", size: 12, color: css("--text") },
     xaxis: Object.assign({}, axis, (figure.layout || {}).xaxis), yaxis: Object.assign({}, axis, (figure.layout || {}).yaxis),
   });
+  element.style.height = `${layout.height}px`;
   Plotly.react(element, figure.data, layout, { displaylogo: false, responsive: true, displayModeBar: false });
 }
 

@@ -1,0 +1,250 @@
+"""sweepserver's parts without a network: search, GraphQL walk, filters, signed addresses, figures."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+
+from sweepserver import figures, walker
+from sweepserver.files import Files, checked_name
+from sweepserver.runs import Runs, matches, spread
+from sweepserver.search import BadSweep, draw, library, parse_sweep, random_point
+from sweepserver.store import Store, clean, clean_text
+
+# -- search -----------------------------------------------------------------------------------------------------------
+
+GRID = """
+method: grid
+parameters:
+  b: {values: [10, 20, 20]}
+  a: {values: [x, y, z]}
+  fixed: {value: 7}
+  nest: {parameters: {q: {min: 1, max: 2}, p: {values: [true, false]}}}
+"""
+
+
+def test_grid_order_is_sorted_by_name_with_the_last_fastest():
+    search = parse_sweep(GRID)
+    product = itertools.product("xyz", [10, 20], [True, False], [1, 2])
+    want = [{"a": a, "b": b, "fixed": 7, "nest": {"p": p, "q": q}} for a, b, p, q in product]
+    assert [search.grid_point(i) for i in range(search.size)] == want
+    assert [search.grid_index(point) for point in want] == list(range(24))
+    assert search.grid_index({**want[0], "a": "none"}) is None
+
+
+def test_grid_order_equals_the_sweeps_package():
+    package = library()
+    if package is None:
+        pytest.skip("the sweeps package is not installed: pip install --no-deps sweeps")
+    search, runs = parse_sweep(GRID), []
+    while (run := package.next_run(search.config, runs)) is not None:
+        runs.append(run)
+    theirs = [{name: entry["value"] for name, entry in run.config.items()} for run in runs]
+    assert theirs == [search.grid_point(i) for i in range(search.size)]
+
+
+def test_a_random_point_depends_on_its_number_alone():
+    parameters = {"lr": {"min": 1e-5, "max": 0.1, "distribution": "log_uniform_values"}, "n": {"min": 1, "max": 9},
+                  "opt": {"parameters": {"m": {"values": ["a", "b"]}}}}
+    assert random_point(parameters, random.Random("s:3")) == random_point(parameters, random.Random("s:3"))
+    assert random_point(parameters, random.Random("s:3")) != random_point(parameters, random.Random("s:4"))
+
+
+@pytest.mark.parametrize("spec, low, high, mean", [
+    ({"min": 2, "max": 5}, 2, 5, 3.5),
+    ({"min": 0.0, "max": 1.0}, 0, 1, 0.5),
+    ({"min": 1, "max": 100, "distribution": "log_uniform_values"}, 1, 100, 99 / math.log(100)),
+    ({"min": 0, "max": 1, "distribution": "log_uniform"}, 1, math.e, math.e - 1),
+    ({"min": 1, "max": 4, "distribution": "inv_log_uniform_values"}, 1, 4, 3 / math.log(4)),
+    ({"min": 0, "max": 10, "q": 5, "distribution": "q_uniform"}, 0, 10, 5),
+    ({"distribution": "normal", "mu": 3, "sigma": 0.1}, 2, 4, 3),
+    ({"values": [1, 9], "probabilities": [0.75, 0.25]}, 1, 9, 3),
+    ({"value": 4}, 4, 4, 4),
+])  # fmt: skip
+def test_draws_have_the_range_and_mean_of_their_distribution(spec, low, high, mean):
+    rng = random.Random(0)
+    values = [draw(spec, rng) for _ in range(20000)]
+    assert low <= min(values) and max(values) <= high + 1e-9
+    assert sum(values) / len(values) == pytest.approx(mean, rel=0.03)
+
+
+@pytest.mark.parametrize("text, word", [
+    ("method: magic\nparameters: {a: {value: 1}}", "grid, random or bayes"),
+    ("method: grid", "at least one parameter"),
+    ("method: grid\nparameters: {a: {values: []}}", "parameters.a.values"),
+    ("method: grid\nparameters: {a: {min: 0.0, max: 1.0}}", "parameters.a"),
+    ("method: random\nparameters: {lr: {min: 1e-4, max: 0.1}}", "1.0e-4"),
+    ("method: random\nparameters: {a: {min: 0, max: 1, distribution: log_uniform_values}}", "above 0"),
+    ("method: bayes\nparameters: {a: {values: [1, 2]}}", "metric.name"),
+    ("method: grid\nrun_cap: -1\nparameters: {a: {value: 1}}", "run_cap"),
+    ("[1, 2", "YAML"),
+])  # fmt: skip
+def test_a_bad_configuration_is_refused_in_one_line_that_names_the_place(text, word):
+    with pytest.raises(BadSweep) as caught:
+        parse_sweep(text)
+    assert word in str(caught.value)
+
+
+def test_bayes_without_the_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("sweepserver.search.library", lambda: None)
+    for extra in ("method: bayes", "method: random\nearly_terminate: {type: hyperband, min_iter: 2}"):
+        with pytest.raises(BadSweep, match="pip install --no-deps sweeps"):
+            parse_sweep(f"# {random.random()}\n{extra}\nmetric: {{name: x}}\nparameters: {{a: {{min: 0.0, max: 1.0}}}}")
+
+
+# -- GraphQL ----------------------------------------------------------------------------------------------------------
+
+ROOTS = {"query": {"thing": lambda id=None, **k: {"__typename": "Run", "id": id, "more": lambda **k: [{"n": 1}, None],
+                                                "given": lambda **kw: sorted(kw.items()), "extra": k}}}
+
+
+@pytest.mark.parametrize("query, variables, want", [
+    ("{ thing { id } }", {}, {"thing": {"id": None}}),
+    ("query Q($i: Int = 3) { x: thing(id: $i) { y: id } }", {}, {"x": {"y": 3}}),
+    ("query Q($i: Int = 3) { thing(id: $i) { id } }", {"i": 4}, {"thing": {"id": 4}}),
+    ("{ thing { ...F more { n } } } fragment F on Run { id more { n } }", {},
+     {"thing": {"id": None, "more": [{"n": 1}, None]}}),
+    ("{ thing { ... on Run { id } ... on ArtifactSequence { more { n } } } }", {}, {"thing": {"id": None}}),
+    ("query Q($on: Boolean!) { thing { id @include(if: $on) unknown } }", {"on": False}, {"thing": {"unknown": None}}),
+    ("query Q($v: S) { thing { given(a: 1, b: [$v, {c: null, d: $w}], e: $w) } }", {"v": "s"},
+     {"thing": {"given": [("a", 1), ("b", ["s", {"c": None}])]}}),
+])  # fmt: skip
+def test_walk(query, variables, want):
+    assert walker.execute(query, variables, ROOTS)["data"] == want
+
+
+def test_an_unknown_root_field_is_an_error_and_the_others_are_answered():
+    answer = walker.execute("{ thing { id } newer { x } }", {}, ROOTS)
+    assert answer["data"] == {"thing": {"id": None}, "newer": None}
+    assert "newer" in answer["errors"][0]["message"]
+    with pytest.raises(walker.Refused) as caught:
+        walker.execute("no { graphql", {}, ROOTS)
+    assert caught.value.status == 400
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    runs = Runs(Store(tmp_path))
+    project = runs.project("e", "p", create=True)["id"]
+    states = [("finished", 0.5), ("finished", float("nan")), ("failed", None), ("running", 0.9)]
+    for i, (state, acc) in enumerate(states):
+        summary = {"val/acc": acc, "deep": {"max": i}} if acc is not None else {}
+        runs.create(project, f"r{i}", state=state, sweep="s" if i else None, tags=json.dumps([f"t{i}"]),
+                    config=json.dumps({"bits": {"value": i}, "opt": {"value": {"lr": i / 10}}}),
+                    summary=json.dumps(summary))
+    return runs
+
+
+@pytest.mark.parametrize("filters, want", [
+    ({}, "0123"), ({"state": "finished"}, "01"), ({"$and": [{"sweep": "s"}]}, "123"), ({"config.bits": 2}, "2"),
+    ({"config.bits.value": {"$gte": 2}}, "23"), ({"config.opt.lr": 0.3}, "3"), ({"summary_metrics.val/acc": 0.5}, "0"),
+    ({"summary_metrics.deep": {"$lt": 2}}, "01"), ({"$or": [{"name": "r0"}, {"name": {"$in": ["r3"]}}]}, "03"),
+    ({"tags": "t1"}, "1"), ({"tags": {"$nin": ["t1"]}}, "023"), ({"display_name": {"$regex": "^zzz"}}, ""),
+    ({"state": {"$ne": "finished"}}, "23"), ({"summary_metrics.val/acc": {"$exists": False}}, "2"),
+    ({"config.bits": {"$gt": "a"}}, ""), ({"$not": {"state": "failed"}}, "013"), ({"config.bits": {"$mod": 2}}, ""),
+    ({"created_at": {"$gt": "2020-01-01T00:00:00"}}, "0123"), ({"created_at": {"$gt": "2999-01-01"}}, ""),
+])  # fmt: skip
+def test_filters(runs, filters, want):
+    assert "".join(run["name"][1] for run in runs.find(1, filters)) == want
+
+
+@pytest.mark.parametrize("order, want", [
+    ("+created_at", "0123"), ("-created_at", "3210"), ("-summary_metrics.val/acc", "3012"),
+    ("+summary_metrics.val/acc", "0312"), ("-config.bits.value", "3210"), ("+state,-created_at", "2103"),
+])  # fmt: skip
+def test_orders_put_what_is_unknown_or_nan_last(runs, order, want):
+    assert "".join(run["name"][1] for run in runs.find(1, None, order)) == want
+
+
+def test_streams_are_stored_by_offset_so_that_a_retry_is_harmless(runs):
+    run = runs.get(1, "r0")
+    part = {"offset": 0, "content": ['{"_step": 0, "x": NaN}', '{"_step": 1, "x": 2.5, "y": Infinity}']}
+    for _ in range(2):
+        runs.stream(run, {"wandb-history.jsonl": part, "output.log": {"offset": 0, "content": ["one"]}})
+    runs.stream(run, {"output.log": {"offset": 0, "content": ["two"]}})
+    assert runs.history(run, "history", 10, None, None) == ['{"_step": 0, "x": "NaN"}',
+                                                            '{"_step": 1, "x": 2.5, "y": "Infinity"}']
+    assert runs.texts(run, "log") == ["two"]
+    assert runs.sampled(run, {"keys": ["_step", "y"]}) == [{"_step": 1, "y": "Infinity"}]
+    assert runs.sampled(run, {"keys": ["x"], "minStep": 1, "maxStep": 1}) == [{"x": 2.5}]
+    assert runs.history(run, "history", 10, 0, 1) == ['{"_step": 0, "x": "NaN"}']  # maxStep exclusive here
+    assert runs.history_keys(run)["lastStep"] == 1
+
+
+def test_null_never_erases(runs):
+    runs.upsert(1, {"name": "r0", "notes": "kept", "groupName": "g"})
+    row, inserted = runs.upsert(1, {"name": "r0", "notes": None, "groupName": None, "config": None, "sweep": None})
+    assert (row["notes"], row["group"], inserted) == ("kept", "g", False) and runs.config(row)["bits"] == 0
+
+
+def test_unknown_operator_matches_nothing_and_spread_keeps_the_ends():
+    assert not matches(type("V", (), {"get": lambda self, name: 3})(), {"a": {"$where": "1"}})
+    assert spread(list(range(100)), 3) == [0, 50, 99] and spread([1, 2], 5) == [1, 2]
+
+
+def test_nan_and_infinity_become_strings():
+    assert clean({"a": [float("nan"), 1.0, {"b": -math.inf}]}) == {"a": ["NaN", 1.0, {"b": "-Infinity"}]}
+    assert json.loads(clean_text('{"x": NaN, "text": "NaN it is"}')) == {"x": "NaN", "text": "NaN it is"}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_signed_addresses_hold_for_one_thing_and_a_time(tmp_path, monkeypatch):
+    files = Files(Store(tmp_path), tmp_path / "blobs", b"secret", 1000)
+    token = files.sign("upload", owner="run:1", name="a").split("/", 1)[1]
+    assert files.allowed("upload", token)["name"] == "a"
+    assert files.allowed("download", token) is None
+    payload, mac = token.split(".")
+    assert files.allowed("upload", payload[:-2] + "AA." + mac) is None
+    assert files.allowed("upload", payload + ".") is None and files.allowed("upload", "") is None
+    assert Files(files.store, files.folder, b"other", 1000).allowed("upload", token) is None
+    monkeypatch.setattr("sweepserver.files.now", lambda: 1e12)
+    assert files.allowed("upload", token) is None
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "..\\x", "", "a\0b"])
+def test_names_that_leave_the_run_are_refused(name):
+    with pytest.raises(walker.Refused):
+        checked_name(name)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def quadratic_front(points):
+    """Oracle: the points that no other one beats, by definition."""
+    return {i for i, (x, y) in enumerate(points) if not any(
+        (u <= x and v > y) or (u < x and v >= y) for j, (u, v) in enumerate(points) if j != i)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pareto_front_equals_its_definition(seed):
+    rng = random.Random(seed)
+    points = list({(rng.randint(0, 9), rng.randint(0, 9)) for _ in range(30)})
+    assert set(figures.pareto_front(points)) == quadratic_front(points)
+    flipped = [(x, -y) for x, y in points]
+    assert figures.pareto_front(flipped, "minimize") == figures.pareto_front(points)
+
+
+def rows():
+    return [{"name": f"r{w}{a}", "params": {"weight_quant_bits": w, "activation_quant_bits": a, "opt": "<b>x</b>"},
+             "values": {"acc": 0.1 * w + 0.01 * a, "model_size_mb": w / 4}} for w in (2, 4, 8) for a in (4, 8)]
+
+
+def test_figures_hold_what_the_rows_hold():
+    heat = figures.heatmap(rows(), "acc")["data"][0]
+    assert heat["y"] == ["2", "4", "8"] and heat["x"] == ["4", "8"] and heat["z"][2][1] == pytest.approx(0.88)
+    front = next(t for t in figures.pareto(rows(), "acc")["data"] if t["name"] == "Pareto front")
+    assert front["x"] == [0.5, 1.0, 2.0] and front["y"] == pytest.approx([0.28, 0.48, 0.88])
+    labels = [d["label"] for d in figures.parallel(rows(), "acc")["data"][0]["dimensions"]]
+    assert labels == ["activation bits", "weight bits", "model size mb", "acc"]
+    assert "<" not in json.dumps(figures.parallel([{**r, "params": {"opt": f"<i>{i}"}, "name": "n"}
+                                                   for i, r in enumerate(rows())], "acc")["data"])
+    assert figures.parallel([], "acc") is None and figures.heatmap(rows()[:1], "acc") is None
+    assert figures.pareto([], "acc") is None
