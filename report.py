@@ -1,0 +1,600 @@
+"""Results as tables and pictures: one row a measured configuration, columns named as in results.csv.
+
+Shared by test.py (its plot), the notebook and `make sweep`. A frame comes from a file (`read_results`), from rows
+(`to_frame`) or from a W&B sweep (`fetch_sweep`, by way of tracking.py). pandas, plotly and matplotlib cost seconds to
+import, so each function imports what it needs. Sizes are in MB of 10^6 bytes, accuracies in percent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tracking
+from errors import UserError
+from files import write_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+    from compression import SizeReport
+
+WEIGHTS, ACTIVATIONS, ACCURACY = "weight_quant_bits", "activation_quant_bits", "test_acc_quantized"
+SIZE, RATIO, FP32_SIZE, FP32_ACCURACY = (
+    "model_size_mb",
+    "compression_ratio_model",
+    "model_size_fp32_mb",
+    "test_acc_fp32",
+)
+BITS = (WEIGHTS, ACTIVATIONS)
+FLOAT_BITS = 32  # an empty cell of a bits column
+NUMBERS = (
+    *("width_mult", "batch_size", "seed", FP32_ACCURACY, ACCURACY, "acc_drop", FP32_SIZE, SIZE, "packed_bytes", RATIO),
+    *("compression_ratio_weights", "compression_ratio_activations", "calib_seconds", "eval_seconds"),
+    "images_per_second",
+)
+SIZE_TABLE = "size_by_layer"  # the name of the size table in a W&B run
+COLORS = ("#c2410c", "#e9a23b", "#8fbf6a", "#2a9d8f", "#1d4e89")  # accuracy, low to high; the best are the darkest
+LEVEL_COLORS = ("#c2410c", "#e9a23b", "#6a994e", "#2a9d8f", "#3b6fb6", "#6d3fa0", "#444444", "#999999")  # for bits
+REFERENCE = "#666666"
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def to_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as a frame with results.csv's columns typed: bits whole numbers (empty = 32), numbers float64.
+
+    Rows without an accuracy are dropped: they are no results. Columns that are missing come in as NaN.
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame([dict(row) for row in rows])
+    for name in (*BITS, *NUMBERS):
+        frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float) if name in frame else math.nan
+    unmeasured = frame[ACCURACY].isna() & frame[list(BITS)].isna().all(axis=1)
+    frame[ACCURACY] = frame[ACCURACY].where(~unmeasured, frame[FP32_ACCURACY])  # FP32 itself, not quantized
+    for name in BITS:
+        frame[name] = frame[name].fillna(FLOAT_BITS).astype(int)
+    return frame[frame[ACCURACY].notna()].reset_index(drop=True)
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """The frame of a results.csv."""
+    import pandas as pd
+
+    try:
+        return to_frame(pd.read_csv(path).to_dict("records"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; test.py writes it, see --output") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a table that test.py wrote ({str(error).splitlines()[0]})") from None
+
+
+def configuration(weight_bits: int, activation_bits: int) -> str:
+    """The short name of a pair of bit widths: w4a8, w4a32, or FP32 where neither is quantized."""
+    return "FP32" if weight_bits == activation_bits == FLOAT_BITS else f"w{weight_bits}a{activation_bits}"
+
+
+def names(frame: pd.DataFrame) -> list[str]:
+    """Each row's configuration."""
+    return [configuration(w, a) for w, a in zip(frame[WEIGHTS], frame[ACTIVATIONS], strict=True)]
+
+
+def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that no other row beats: none is at most as large and more accurate, or smaller and as accurate.
+
+    Sorted by size; of equal rows the first.
+    """
+    ordered = frame[frame[SIZE].notna()].sort_values([SIZE, ACCURACY], ascending=[True, False], kind="stable")
+    best_before = ordered[ACCURACY].cummax().shift(fill_value=-math.inf)
+    return ordered[ordered[ACCURACY] > best_before]
+
+
+def batch_effect(frame: pd.DataFrame) -> pd.DataFrame:
+    """Per configuration: over which batch sizes it ran, and how far accuracy and speed moved with them.
+
+    `spread` is the highest minus the lowest accuracy in points. Each picture is evaluated by itself on frozen ranges,
+    so it should be 0; configurations that ran at one batch size only show nothing and are left out.
+    """
+    import pandas as pd
+
+    others = ["dataset", "checkpoint", "width_mult", "weight_per_channel", "seed"]  # what may differ beside the batch
+    keys = [*BITS, *(name for name in others if name in frame and frame[name].nunique(dropna=False) > 1)]
+    rows = []
+    for key, group in frame.groupby(keys, dropna=False):
+        if group["batch_size"].nunique() < 2:
+            continue
+        speed = group.groupby("batch_size")["images_per_second"].mean()
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {
+                "configuration": configuration(*key[:2]),
+                "batch_sizes": ", ".join(f"{size:.0f}" for size in sorted(group["batch_size"].unique())),
+                "lowest": group[ACCURACY].min(),
+                "highest": group[ACCURACY].max(),
+                "spread": group[ACCURACY].max() - group[ACCURACY].min(),
+                "images_per_second": ", ".join("-" if math.isnan(s) else f"{s:.0f}" for s in speed),
+            }
+        )
+    columns = ["configuration", *keys[2:], "batch_sizes", "lowest", "highest", "spread", "images_per_second"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+SEEDS = (
+    ("FP32", FLOAT_BITS, (FLOAT_BITS,)),
+    ("w8a8", 8, (8,)),
+    ("w6a8", 6, (8,)),
+    ("w4a8", 4, (8,)),
+    ("a ≤ 4", None, (4, 3, 2)),
+)
+
+
+def seed_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The configurations to begin with (FP32, w8a8, w6a8, w4a8, best with a ≤ 4 bits) and what was reached there.
+
+    FP32 is filled from any row's reference where it was not measured by itself. Of several runs the most accurate.
+    """
+    import pandas as pd
+
+    rows = []
+    for title, weight_bits, activation_bits in SEEDS:
+        found = frame[frame[ACTIVATIONS].isin(activation_bits)]
+        found = found if weight_bits is None else found[found[WEIGHTS] == weight_bits]
+        row = {"configuration": title, "run": "not run", "runs": len(found)}
+        if len(found):
+            best = found.loc[found[ACCURACY].idxmax()]
+            row["run"] = configuration(best[WEIGHTS], best[ACTIVATIONS])
+            row |= {"accuracy": best[ACCURACY], "drop": best[FP32_ACCURACY] - best[ACCURACY]}
+            row |= {"size_mb": best[SIZE], "compression": best[RATIO]}
+        elif title == "FP32" and frame[FP32_ACCURACY].notna().any():
+            best = frame.loc[frame[FP32_ACCURACY].idxmax()]
+            row |= {"run": "reference of the others", "accuracy": best[FP32_ACCURACY], "drop": 0.0}
+            row |= {"size_mb": best[FP32_SIZE], "compression": 1.0}
+        rows.append(row)
+    columns = ["configuration", "run", "accuracy", "drop", "size_mb", "compression", "runs"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    """The points of `grid` (column → values; None is 32 bits) that have no row, one row each, in grid order."""
+    import pandas as pd
+
+    there = set(zip(*([plain(value, name) for value in frame[name]] for name in grid), strict=True))
+    points = itertools.product(*grid.values())
+    missing = [p for p in points if tuple(plain(v, name) for v, name in zip(p, grid, strict=True)) not in there]
+    return pd.DataFrame(missing, columns=list(grid))
+
+
+def plain(value: Any, column: str) -> Any:
+    """A value in the form in which two are compared: numbers as floats, missing bits as 32."""
+    if value is None or value != value:
+        return float(FLOAT_BITS) if column in BITS else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def size_table(sizes: SizeReport) -> list[dict[str, Any]]:
+    """A row a layer and one for the rest of the file; all `_bytes` columns together are the file's bytes."""
+    rows = [{**dataclasses.asdict(row), "other_bytes": 0} for row in sizes.rows]
+    rest = sizes.total_bytes - sum(row.total_bytes for row in sizes.rows)
+    empty = {name: 0 for name in rows[0]}
+    return [*rows, {**empty, "name": "grids, tables, header", "kind": "file", "other_bytes": rest}]
+
+
+# --------------------------------------------------------------------------------------------------------------- sweeps
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A sweep read back: frame, one row a grid point (its latest finished run, with run_id, run_name and created_at);
+    grid: parameter → values, of those with more than one value; states: run state → count; sizes: rows of the size
+    table by weight bits, each from one run."""
+
+    path: str
+    name: str
+    state: str
+    url: str
+    grid: dict[str, list[Any]]
+    states: dict[str, int]
+    frame: pd.DataFrame
+    sizes: dict[int, list[dict[str, Any]]]
+
+    @property
+    def missing(self) -> pd.DataFrame:
+        return missing_points(self.frame, {name: v for name, v in self.grid.items() if name in self.frame})
+
+
+def fetch_sweep(
+    entity: str | None = None, project: str | None = None, sweep: str | None = None, cache: Path | None = None
+) -> SweepResults:
+    """A sweep through `wandb.Api()`; what is not given is looked for: the latest sweep of the latest project.
+
+    With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a sweep that has ended is read
+    from it the next time, with or without a server.
+    """
+    kept = read_cache(cache, sweep) if cache and sweep else None
+    if kept is None or not ended(kept):
+        kept = tracking.read_sweep(entity, project, sweep, SIZE_TABLE, WEIGHTS)
+        if cache:
+            text = json.dumps(kept, indent=1, default=str)
+            write_bytes(Path(cache) / f"sweep-{kept['path'].replace('/', '-')}.json", text.encode())
+    return sweep_results(kept)
+
+
+def ended(read: Mapping[str, Any]) -> bool:
+    """Whether nothing more will come: W&B calls a sweep finished when its last run has been given out."""
+    going = any(run["state"] in ("running", "pending", "preempting") for run in read["runs"])
+    return read["state"] in ("FINISHED", "CANCELED", "CANCELLED") and not going
+
+
+def read_cache(folder: Path, sweep: str) -> dict[str, Any] | None:
+    """What `fetch_sweep` kept of `sweep` (its id); None where there is nothing that can be read."""
+    for path in sorted(Path(folder).glob(f"sweep-*-{sweep}.json")):
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def sweep_results(read: Mapping[str, Any]) -> SweepResults:
+    """Makes tables of what `tracking.read_sweep` returned."""
+    grid = sweep_grid(read["config"])
+    finished = [run for run in read["runs"] if run["state"] == "finished"]
+    about = [{"run_id": run["id"], "run_name": run["name"], "created_at": run["created_at"]} for run in finished]
+    rows = [{**run["config"], **run["summary"], **extra} for run, extra in zip(finished, about, strict=True)]
+    states: dict[str, int] = {}
+    for run in read["runs"]:
+        states[run["state"]] = states.get(run["state"], 0) + 1
+    sizes = {int(bits): table for bits, table in read["tables"].items()}
+    frame = to_frame(rows)
+    if read["config"].get("method") == "grid":  # elsewhere every run is a point of its own
+        frame = latest(frame, [name for name in grid if name in frame] or list(BITS))
+    return SweepResults(read["path"], read["name"], read["state"], read["url"], grid, states, frame, sizes)
+
+
+def sweep_grid(config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Parameter → its values, for those parameters of a sweep's configuration that list more than one."""
+    parameters = config.get("parameters") or {}
+    return {name: list(p["values"]) for name, p in parameters.items() if len(p.get("values") or ()) > 1}
+
+
+def latest(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Of rows that agree in `keys` the one created last; in the order of the keys."""
+    if frame.empty:
+        return frame
+    newest = frame.sort_values("created_at", kind="stable").drop_duplicates(list(keys), keep="last")
+    return newest.sort_values(list(keys), kind="stable").reset_index(drop=True)
+
+
+# ------------------------------------------------------------------------------------------------- parallel coordinates
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the parallel coordinates: places [rows] in 0 … 1 from the bottom, ticks (place, text)."""
+
+    label: str
+    places: np.ndarray
+    ticks: tuple[tuple[float, str], ...]
+    ordinal: bool
+
+
+def parallel_axes(frame: pd.DataFrame) -> list[Axis]:
+    """ActBits and WeightBits as levels at equal distances; ratio and size on log scales, accuracy on a linear one."""
+    return [
+        level_axis("ActBits", frame[ACTIVATIONS]),
+        level_axis("WeightBits", frame[WEIGHTS]),
+        number_axis("CompressionRatio", frame[RATIO], log=True, unit="×"),
+        number_axis("ModelSizeMB", frame[SIZE], log=True),
+        number_axis("QuantAcc", frame[ACCURACY]),
+    ]
+
+
+def level_axis(label: str, values: pd.Series) -> Axis:
+    levels = sorted(values.unique())
+    places = {level: (i + 0.5) / len(levels) for i, level in enumerate(levels)}
+    return Axis(label, values.map(places).to_numpy(float), tuple((places[v], f"{v}") for v in levels), True)
+
+
+def number_axis(label: str, values: pd.Series, log: bool = False, unit: str = "") -> Axis:
+    """Between the smallest and the largest value, on a log scale by choice where all are positive."""
+    numbers = values.to_numpy(float)
+    low, high = float(values.min()), float(values.max())
+    log = log and low > 0
+    transform = math.log if log else float
+    if not high > low:
+        text = f"{low:.4g}{unit}" if low == low else "unknown"
+        return Axis(label, 0 * numbers + 0.5, ((0.5, text),), False)
+    start, span = transform(low), transform(high) - transform(low)
+    places = [0.03 + 0.94 * (transform(v) - start) / span for v in numbers]
+    ticks = log_ticks(low, high) if log else linear_ticks(low, high)
+    shown = tuple((0.03 + 0.94 * (transform(t) - start) / span, f"{t:.4g}{unit}") for t in ticks)
+    import numpy as np
+
+    return Axis(label, np.array(places), shown, False)
+
+
+def linear_ticks(low: float, high: float, most: int = 9) -> list[float]:
+    """At most `most` round numbers at equal steps within [low, high]."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(m for m in (1, 2, 2.5, 5, 10, 20) if (high - low) / (step * m) <= most - 1)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within [low, high] for a log scale: the finest series that has at most 9 of them."""
+    for steps in ((1, 1.2, 1.5, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [float(f"{s * 10.0**d:.10g}") for d in decades for s in steps]
+        ticks = [t for t in ticks if low * 0.9999 <= t <= high * 1.0001]
+        if len(ticks) <= 9:
+            break
+    return ticks if len(ticks) > 1 else linear_ticks(low, high, 5)
+
+
+def spread(axes: Sequence[Axis], index: int) -> np.ndarray:
+    """Places on axis `index` with lines that meet there drawn apart a little, in the order of where they go.
+
+    Levels have room; on a number axis a bundle stays within 4 % of the axis. The accuracies stay as they are.
+    """
+    import numpy as np
+
+    axis, moved = axes[index], axes[index].places.copy()
+    if index == len(axes) - 1:
+        return moved
+    order = np.lexsort((axes[-1].places, sum(axes[i].places for i in (index - 1, index + 1) if i >= 0)))
+    widest = 0.45 / len(axis.ticks) if axis.ordinal else 0.04
+    bundles = np.zeros(len(moved), int)  # places closer than 1 % of the axis to the next one are one bundle
+    by_place = np.argsort(axis.places, kind="stable")
+    bundles[by_place[1:]] = np.cumsum(np.diff(axis.places[by_place]) > 0.01)
+    for bundle in range(bundles.max() + 1):
+        members = order[bundles[order] == bundle]
+        width = min(widest, 0.008 * (len(members) - 1))
+        moved[members] = axis.places[members].mean() + np.linspace(-width / 2, width / 2, len(members))
+    return moved
+
+
+def heading(frame: pd.DataFrame) -> str:
+    """What the rows are of, for a title: data set, and FP32 accuracy where they agree on it."""
+    parts = [f"MobileNetV2 on {frame['dataset'].iloc[0]}"] if unique(frame, "dataset") else ["MobileNetV2"]
+    if unique(frame, FP32_ACCURACY):
+        parts.append(f"FP32 {frame[FP32_ACCURACY].iloc[0]:.2f} %")
+    return ", ".join([*parts, f"{len(frame)} measured configurations"])
+
+
+def unique(frame: pd.DataFrame, column: str) -> bool:
+    return column in frame and frame[column].nunique(dropna=False) == 1 and frame[column].notna().all()
+
+
+def need_rows(frame: pd.DataFrame) -> None:
+    if frame.empty:
+        raise UserError("there are no results to draw; run test.py on at least one configuration first")
+
+
+def parallel_coordinates_png(frame: pd.DataFrame, path: Path) -> None:
+    """The parallel coordinates as a picture; needs no browser and no display."""
+    import numpy as np
+    from matplotlib import patheffects
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+
+    need_rows(frame)
+    axes = parallel_axes(frame)
+    places = np.stack([spread(axes, i) for i in range(len(axes))], axis=1)  # [rows, axes]
+    t = np.linspace(0, 1, 40)
+    ease = t * t * (3 - 2 * t)  # leaves and meets the axes at a right angle, so lines can be followed across one
+    pieces = [places[:, i, None] * (1 - ease) + places[:, i + 1, None] * ease for i in range(len(axes) - 1)]
+    x = np.concatenate([i + t for i in range(len(axes) - 1)])
+    curves = np.stack([np.broadcast_to(x, (len(frame), len(x))), np.concatenate(pieces, axis=1)], axis=2)
+
+    accuracy = frame[ACCURACY].to_numpy(float)
+    order = np.argsort(accuracy, kind="stable")  # the best are drawn last, on top
+    margin = 0.5 if accuracy.max() == accuracy.min() else 0.0
+    scale = Normalize(accuracy.min() - margin, accuracy.max() + margin)
+    colors = LinearSegmentedColormap.from_list("accuracy", COLORS)
+
+    figure = Figure(figsize=(13, 6.4), facecolor="white")
+    FigureCanvasAgg(figure)
+    ax = figure.add_axes((0.045, 0.06, 0.85, 0.76))
+    widths = 1.3 if len(frame) > 60 else 1.9
+    lines = LineCollection(curves[order], cmap=colors, norm=scale, linewidths=widths, alpha=0.85, capstyle="round")
+    lines.set_array(accuracy[order])
+    ax.add_collection(lines)
+    halo = [patheffects.withStroke(linewidth=3.5, foreground="white")]
+    for i, axis in enumerate(axes):
+        ax.plot([i, i], [0, 1], color="#333333", linewidth=1.1, zorder=3)
+        ax.text(i, 1.045, axis.label, ha="center", va="bottom", fontsize=14, fontweight="bold", color="#222222")
+        for place, text in axis.ticks:
+            ax.plot([i - 0.012, i + 0.012], [place, place], color="#333333", linewidth=1.1, zorder=3)
+            side = -1 if axis is not axes[-1] else 1
+            ax.text(
+                i + 0.025 * side, place, text, ha="right" if side < 0 else "left", va="center", fontsize=12,
+                color="#222222", zorder=4, path_effects=halo,
+            )  # fmt: skip
+    ax.set_xlim(-0.16, len(axes) - 1 + 0.22)
+    ax.set_ylim(-0.02, 1.02)
+    ax.axis("off")
+    bar = figure.colorbar(ScalarMappable(scale, colors), cax=figure.add_axes((0.905, 0.077, 0.014, 0.728)))
+    bar.set_label("accuracy of the quantized model, %", fontsize=12)
+    bar.ax.tick_params(labelsize=11)
+    bar.outline.set_visible(False)
+    figure.text(0.045, 0.945, heading(frame), fontsize=15, color="#222222")
+
+    write_picture(figure, Path(path))
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    from io import BytesIO
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes(path, buffer.getvalue())
+
+
+def color_scale() -> list[list[Any]]:
+    return [[i / (len(COLORS) - 1), color] for i, color in enumerate(COLORS)]
+
+
+def parallel_coordinates_figure(frame: pd.DataFrame) -> Figure:
+    """The same, interactive: drag along an axis to pick runs, drag an axis to move it."""
+    from plotly import graph_objects as go
+
+    need_rows(frame)
+    dimensions = [
+        dict(
+            label=axis.label,
+            values=axis.places,
+            range=[0, 1],
+            tickvals=[place for place, _ in axis.ticks],
+            ticktext=[text for _, text in axis.ticks],
+        )
+        for axis in parallel_axes(frame)
+    ]
+    bar = dict(title=dict(text="accuracy, %", side="right"), thickness=14, outlinewidth=0)
+    line = dict(color=frame[ACCURACY], colorscale=color_scale(), showscale=True, colorbar=bar)
+    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelfont_size=15, tickfont_size=12))
+    figure.update_layout(
+        title=heading(frame), height=520, margin=dict(l=60, r=40, t=110, b=30), template="plotly_white"
+    )
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------- the figures
+
+
+def pareto_figure(frame: pd.DataFrame) -> Figure:
+    """Accuracy against size, a colour for each width of the activations; the Pareto front and FP32 drawn."""
+    from plotly import graph_objects as go
+
+    need_rows(frame)
+    figure = go.Figure()
+    details = ["batch_size", "seed", "acc_drop", RATIO]
+    hover = (
+        "<b>%{text}</b><br>%{y:.2f} % at %{x:.3f} MB<br>%{customdata[3]:.2f}× smaller, drop %{customdata[2]:.2f}"
+        "<br>batch %{customdata[0]}, seed %{customdata[1]}<extra></extra>"
+    )
+    for i, bits in enumerate(sorted(frame[ACTIVATIONS].unique(), reverse=True)):
+        part = frame[frame[ACTIVATIONS] == bits]
+        name = f"{bits}-bit activations" if bits < FLOAT_BITS else "FP32 activations"
+        marker = dict(size=10, color=LEVEL_COLORS[-1 - i % len(LEVEL_COLORS)] if bits == FLOAT_BITS else
+                      LEVEL_COLORS[(bits - 2) % len(LEVEL_COLORS)], line=dict(width=1, color="white"))  # fmt: skip
+        figure.add_scatter(
+            x=part[SIZE], y=part[ACCURACY], mode="markers", name=name, marker=marker, text=names(part),
+            customdata=part[details], hovertemplate=hover,
+        )  # fmt: skip
+    front = pareto_front(frame)
+    figure.add_scatter(
+        x=front[SIZE], y=front[ACCURACY], mode="lines+text", name="Pareto front", text=names(front),
+        textposition="top left", line=dict(shape="hv", color="#222222", width=1.5), hoverinfo="skip",
+    )  # fmt: skip
+    for size, accuracy in {(s, a) for s, a in zip(frame[FP32_SIZE], frame[FP32_ACCURACY], strict=True) if a == a}:
+        figure.add_hline(accuracy, line=dict(color=REFERENCE, width=1, dash="dash"))
+        figure.add_scatter(
+            x=[size], y=[accuracy], mode="markers+text", name="FP32", text=["FP32"], textposition="bottom left",
+            marker=dict(symbol="star", size=14, color=REFERENCE),
+            hovertemplate="FP32<br>%{y:.2f} % at %{x:.3f} MB<extra></extra>",
+        )  # fmt: skip
+    ticks = log_ticks(*extent([*frame[SIZE], *frame[FP32_SIZE]]))
+    axis = dict(title="model size, MB (all included)", type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
+    figure.update_layout(
+        title="Accuracy against size", xaxis=axis, yaxis_title="test accuracy, %", height=520, template="plotly_white"
+    )
+    return figure
+
+
+def extent(values: Iterable[float]) -> tuple[float, float]:
+    known = [v for v in values if v == v]
+    return min(known), max(known)
+
+
+def heatmap_figure(frame: pd.DataFrame) -> Figure:
+    """Mean accuracy for each pair of weight bits (down) and activation bits (across)."""
+    from plotly import graph_objects as go
+
+    need_rows(frame)
+    table = frame.pivot_table(index=WEIGHTS, columns=ACTIVATIONS, values=ACCURACY, aggfunc="mean").sort_index()
+    texts = [["" if v != v else f"{v:.2f}" for v in row] for row in table.to_numpy()]
+    figure = go.Figure(
+        go.Heatmap(
+            z=table.to_numpy(),
+            x=[f"a{bits}" for bits in table.columns],
+            y=[f"w{bits}" for bits in table.index],
+            text=texts,
+            texttemplate="%{text}",
+            textfont_size=14,
+            colorscale=color_scale(),
+            colorbar=dict(title=dict(text="accuracy, %", side="right"), outlinewidth=0),
+            hovertemplate="%{y}%{x}: %{z:.2f} %<extra></extra>",
+            xgap=3,
+            ygap=3,
+        )
+    )
+    figure.update_layout(
+        title="Test accuracy, %: weight bits × activation bits",
+        xaxis=dict(title="activation bits", type="category", showgrid=False),
+        yaxis=dict(title="weight bits", type="category", showgrid=False),
+        height=460,
+        template="plotly_white",
+    )
+    return figure
+
+
+def sizes_figure(sizes: Sequence[Mapping[str, Any]] | pd.DataFrame, title: str = "Size by layer") -> Figure:
+    """Bytes of each layer of a packed model, stacked by kind: every column of the size table that ends in `_bytes`."""
+    import pandas as pd
+    from plotly import graph_objects as go
+
+    table = pd.DataFrame(sizes)
+    if table.empty:
+        raise UserError("there is no size table to draw; its run logged none")
+    kinds = [name for name in table if name.endswith("_bytes") and table[name].sum()]
+    figure = go.Figure()
+    for kind, color in zip(kinds, LEVEL_COLORS[::-1] if len(kinds) > 6 else COLORS[::-1], strict=False):
+        figure.add_bar(
+            x=table["name"], y=table[kind] / 1000, name=kind.removesuffix("_bytes").replace("_", " "),
+            marker_color=color, hovertemplate="%{x}<br>%{y:.3f} kB<extra>%{fullData.name}</extra>",
+        )  # fmt: skip
+    total = sum(table[kind].sum() for kind in kinds)
+    figure.update_layout(
+        title=f"{title}: {total / 1e6:.3f} MB", barmode="stack", yaxis_title="kB", height=520, template="plotly_white",
+        xaxis=dict(tickangle=-90, tickfont_size=9),
+    )  # fmt: skip
+    return figure
+
+
+def write_plots(frame: pd.DataFrame, png_path: Path) -> Path:
+    """Writes the parallel coordinates as PNG and, beside it, an interactive page; returns the page's path.
+
+    The page holds plotly.js from the installed package, so it opens without a network.
+    """
+    from plotly.io import to_html
+
+    parallel_coordinates_png(frame, png_path)
+    figures = [parallel_coordinates_figure(frame), pareto_figure(frame), heatmap_figure(frame)]
+    settings = dict(full_html=False, config=dict(displaylogo=False, responsive=True))
+    parts = [to_html(figure, include_plotlyjs=i == 0, **settings) for i, figure in enumerate(figures)]
+    page = "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width"><title>Bit widths and accuracy</title>',
+            "<style>body{margin:1rem auto;max-width:80rem;font-family:sans-serif}</style></head><body>",
+            *parts,
+            "</body></html>",
+        ]
+    )
+    html_path = Path(png_path).with_suffix(".html")
+    write_bytes(html_path, page.encode())
+    return html_path
