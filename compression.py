@@ -1,0 +1,532 @@
+"""The packed file: a quantized network as dense codes in one small safetensors file, and what each layer costs in it.
+
+A few flat blobs hold what the layers hold, in the order of the operations, which follows from the architecture; the
+manifest is one JSON document in the header:
+
+    codes        uint8    every layer's codes at its own width (`pack_bits`), each layer from a whole byte on
+    stream       uint8    with entropy coding: the layers that it makes smaller (entropy.py); tables: its frequencies
+    scales       float16  [out] a layer, or [1] per tensor
+    zero_points  uint8    packed like the codes; only of layers where one is not the middle code 2^(b-1)
+    biases       float16  of the quantized layers
+    floats       float32  weight, then bias, of every layer that stays in FP32
+    grids        uint8    4 bytes a value: bits (0: FP32), zero-point, scale (float16, little-endian)
+
+The manifest carries a SHA-256 of the whole file (its own 64 digits read as zeros), so a file that was cut, edited or
+damaged anywhere is refused before anything in it is used; lengths and ranges are checked after that.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import entropy as entropy_coder
+from data import Normalization
+from errors import UserError
+from files import write_bytes
+from models import Architecture, MobileNetV2
+from network import INPUT, Op, operations, peak_bytes, value_sizes
+from quantization import Grid, Layer, QuantizedNetwork
+
+FORMAT = "mobilenetv2-cifar-packed"
+VERSION = 1
+MARK = b'{\\"sha256\\":\\"'  # the manifest begins with its digest; quotes are escaped, for it is JSON within JSON
+BLANK = b"0" * 64
+MOST_HEADER_BYTES, MOST_BYTES = 2**20, 2**31  # beyond these it is no file of ours, and is not read
+
+
+# ------------------------------------------------------------------------------------------------------- packing bits
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes (uint8, any shape, n numbers below 2^bits, 1 <= bits <= 8) → uint8 [ceil(n * bits / 8)], densely.
+
+    Low bits first; a code may lie across bytes; the last byte is filled up with zeros. For 3 bits, codes a, b, c, ...:
+
+        bit     7   6   5   4   3   2   1   0
+        byte 0  c1  c0  b2  b1  b0  a2  a1  a0
+        byte 1  f0  e2  e1  e0  d2  d1  d0  c2
+
+    ValueError where a code does not fit.
+    """
+    flat = codes.detach().cpu().reshape(-1).numpy()
+    if not 1 <= bits <= 8 or codes.dtype != torch.uint8 or (flat.size and int(flat.max()) >> bits):
+        raise ValueError(f"codes must be uint8 below 2^bits with 1 to 8 bits; bits is {bits}, dtype {codes.dtype}")
+    each = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(each, bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 [count]. ValueError where `packed` has another length or is not filled with
+    zeros."""
+    if not 1 <= bits <= 8 or packed.dtype != torch.uint8 or packed.shape != (packed_bytes(count, bits),):
+        raise ValueError(f"{count} codes of {bits} bits do not take {packed.numel()} bytes")
+    stream = np.unpackbits(packed.cpu().numpy(), bitorder="little")
+    if stream[count * bits :].any():
+        raise ValueError("bits set behind the last code")
+    columns = stream[: count * bits].reshape(count, bits)
+    codes = np.zeros(count, np.uint8)
+    for bit in range(bits):
+        codes |= columns[:, bit] << bit
+    return torch.from_numpy(codes)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    return -(-count * bits // 8)
+
+
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One layer's part of the file, in bytes. bits is 32 where the weight stays in FP32.
+
+    code_bytes: the codes as they lie in the file, packed or entropy-coded; then it is what the stream grew by while the
+    layer was coded, a little more or less than its own information, for the lanes hold back up to 2 bytes each.
+    float_bytes: the bias (float16, or float32 where the weight is), and the FP32 weight.
+    """
+
+    name: str
+    kind: str
+    numel: int
+    bits: int
+    code_bytes: int
+    scale_bytes: int
+    zero_point_bytes: int
+    float_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.code_bytes + self.scale_bytes + self.zero_point_bytes + self.float_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """What stands for the weight: codes, scales and zero-points, or its FP32 numbers; no bias."""
+        return 4 * self.numel if self.bits == 32 else self.code_bytes + self.scale_bytes + self.zero_point_bytes
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """What a packed file holds, byte for byte: rows + grid_bytes + table_bytes + header_bytes == total_bytes, the size
+    of the file on disk.
+
+    grid_bytes: activation grids. table_bytes: the entropy coder's tables and end states, shared by all layers.
+    header_bytes: names, manifest, alignment. fp32_bytes: see `fp32_state_bytes`.
+
+    activation_bytes, peak_activation_bytes and their fp32_ kin: all values of one 32x32 picture summed, and the most
+    alive at once (operation by operation, in order, nothing recomputed). A value takes its grid's bits an element,
+    rounded up to whole bytes; without a grid (the logits, as a rule) 4 bytes an element. The picture is 8-bit pixels
+    where activations are quantized, and float32 where they are not.
+    """
+
+    rows: tuple[LayerSize, ...]
+    grid_bytes: int
+    table_bytes: int
+    header_bytes: int
+    fp32_bytes: int
+    activation_bytes: int
+    fp32_activation_bytes: int
+    peak_activation_bytes: int
+    fp32_peak_activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(row.total_bytes for row in self.rows) + self.grid_bytes + self.table_bytes + self.header_bytes
+
+    @property
+    def model_size_mb(self) -> float:
+        """The file on disk, all included, in units of 10^6 bytes."""
+        return self.total_bytes / 1e6
+
+    @property
+    def model_size_fp32_mb(self) -> float:
+        """The FP32 state as trained, in units of 10^6 bytes."""
+        return self.fp32_bytes / 1e6
+
+    @property
+    def compression_ratio_model(self) -> float:
+        """FP32 state as trained (`fp32_state_bytes`, no header) over the packed file, all included."""
+        return self.fp32_bytes / self.total_bytes
+
+    @property
+    def compression_ratio_weights(self) -> float:
+        """Weights of convolutions and classifier at 32 bits, over what stands for them: codes, scales, zero-points,
+        the entropy coder's tables. No biases, no header."""
+        return 4 * sum(r.numel for r in self.rows) / (sum(r.weight_bytes for r in self.rows) + self.table_bytes)
+
+    @property
+    def compression_ratio_activations(self) -> float:
+        """All values of one picture: FP32 bytes over quantized bytes."""
+        return self.fp32_activation_bytes / self.activation_bytes
+
+    @property
+    def compression_ratio_peak_activations(self) -> float:
+        """The most bytes of values alive at once: FP32 over quantized."""
+        return self.fp32_peak_activation_bytes / self.peak_activation_bytes
+
+
+def fp32_state_bytes(state: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors of a state dict: weights, biases, batch norm's parameters and running statistics, and its
+    counters (`num_batches_tracked`, 8 bytes each). No header. Width 1.0 and 10 classes: 9,083,592, of which the
+    counters are 416."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def activation_sizes(network: QuantizedNetwork) -> tuple[int, int, int, int]:
+    """(total, FP32 total, peak, FP32 peak) bytes of the values of one picture; counted as SizeReport says."""
+    elements = value_sizes(network.ops, {name: layer.codes for name, layer in network.layers.items()})
+    bits = {name: network.activations[name].bits if name in network.activations else 32 for name in elements}
+    bits[INPUT] = 8 if network.activations else 32
+    quantized = {name: packed_bytes(count, bits[name]) for name, count in elements.items()}
+    full = {name: 4 * count for name, count in elements.items()}
+    peaks = [int(peak_bytes(network.ops, sizes)) for sizes in (quantized, full)]
+    return sum(quantized.values()), sum(full.values()), *peaks
+
+
+def report(packed: "Packed") -> SizeReport:
+    """The sizes of a file; the header is what the blobs leave of it."""
+    network, blobs = packed.network, packed.blobs
+    rows = tuple(
+        layer_size(op, network.layers[op.name], p) for op, p in zip(weighted(network.ops), packed.plans, strict=True)
+    )
+    size = {name: tensor.numel() * tensor.element_size() for name, tensor in blobs.items()}
+    tables = size.get("tables", 0) + (4 * entropy_coder.LANES if "stream" in size else 0)
+    header = packed.total_bytes - sum(size.values())
+    with torch.device("meta"):
+        trained = fp32_state_bytes(MobileNetV2(network.architecture).state_dict())
+    return SizeReport(rows, size.get("grids", 0), tables, header, trained, *activation_sizes(network))
+
+
+def layer_size(op: Op, layer: Layer, plan: "Plan") -> LayerSize:
+    count, out = layer.codes.numel(), len(layer.bias)
+    if plan.bits == 0:
+        return LayerSize(op.name, op.kind, count, 32, 0, 0, 0, 4 * (count + out))
+    channels = out if plan.per_channel else 1
+    codes = packed_bytes(count, plan.bits) if plan.coded is None else plan.coded
+    zeros = 0 if plan.middle else packed_bytes(channels, plan.bits)
+    return LayerSize(op.name, op.kind, count, plan.bits, codes, 2 * channels, zeros, 2 * out)
+
+
+# ----------------------------------------------------------------------------------------------------- the packed file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the manifest says of one layer. bits: 0 for FP32. per_channel: a scale for each output channel. middle: all
+    zero-points are 2^(b-1) and left out. coded: bytes in the entropy coder's stream, None where the codes are packed
+    in `codes`."""
+
+    bits: int
+    per_channel: bool = False
+    middle: bool = False
+    coded: int | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """All there is in a packed file. plans: one a layer with weights, in order; total_bytes: the file's size."""
+
+    network: QuantizedNetwork
+    plans: tuple[Plan, ...]
+    blobs: Mapping[str, Tensor]
+    info: dict[str, Any]
+    total_bytes: int
+
+
+def weighted(ops: Sequence[Op]) -> list[Op]:
+    return [op for op in ops if op.has_weight]
+
+
+def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], entropy: bool = False) -> SizeReport:
+    """Writes the packed file atomically and reports its sizes. info: anything JSON can hold (data set, class names,
+    settings); comes back from `load_packed` (tuples as lists). entropy: codes the codes losslessly where that is
+    smaller. ValueError for a network that the file cannot hold exactly (scales or biases beyond float16)."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file to write the packed model to")
+    choices = [to_blobs(network, coded) for coded in {False, entropy}]
+    files = [(plans, blobs, serialise(manifest(network, plans, info), blobs)) for plans, blobs in choices]
+    plans, blobs, unsigned = min(files, key=lambda file: len(file[2]))  # a tiny network may not pay for the tables
+    content = sign(unsigned)
+    try:
+        write_bytes(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place with room for it") from None
+    sizes = report(Packed(network, plans, blobs, dict(info), len(content)))
+    assert sizes.total_bytes == path.stat().st_size, "the report misses bytes of the file"
+    return sizes
+
+
+def load_packed(path: Path) -> tuple[QuantizedNetwork, dict[str, Any]]:
+    """(network, info) of a packed file; the network's logits are bit for bit those of the one that was saved.
+
+    UserError, one line, for a file that is missing, damaged, edited, or not a packed model."""
+    packed = read(path)
+    return packed.network, packed.info
+
+
+def packed_sizes(path: Path) -> SizeReport:
+    """The SizeReport of a file that is there already: equal to the one that `save_packed` returned."""
+    return report(read(path))
+
+
+def centred(codes: Tensor, grid: Grid, direction: int) -> Tensor:
+    """Codes [out, k] minus (direction -1) or plus (+1: the inverse) their channel's zero-point, modulo 2^b: with all
+    zeros in one place the codes of a layer are distributed more narrowly, and one table serves all its channels."""
+    zero_points = grid.zero_point.cpu().reshape(-1, 1)
+    return ((codes.int() + direction * zero_points) & grid.highest).to(torch.uint8)
+
+
+def to_blobs(network: QuantizedNetwork, entropy: bool) -> tuple[tuple[Plan, ...], dict[str, Tensor]]:
+    """The plans, and the blobs that are not empty."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("codes", "scales", "zero_points", "biases", "floats")}
+    plans: list[Plan] = []
+    to_code: dict[int, tuple[np.ndarray, int]] = {}
+    for op in weighted(network.ops):
+        layer, grid = network.layers[op.name], network.layers[op.name].grid
+        if grid is None:
+            parts["floats"] += [layer.codes.detach().float().cpu().reshape(-1), layer.bias.detach().float().cpu()]
+            plans.append(Plan(0))
+            continue
+        middle = bool((grid.zero_point == 2 ** (grid.bits - 1)).all())
+        packed = pack_bits(layer.codes, grid.bits)
+        symbols = centred(layer.codes.cpu().flatten(1), grid, -1).numpy().reshape(-1) if entropy else None
+        if entropy and entropy_coder.coded_bytes(symbols, grid.bits) < len(packed):
+            to_code[len(plans)] = (symbols, grid.bits)
+        else:
+            parts["codes"].append(packed)
+        plans.append(Plan(grid.bits, grid.scale.ndim == 1, middle))
+        parts["scales"].append(exact_half(grid.scale, f"{op.name}: scales"))
+        parts["biases"].append(exact_half(layer.bias, f"{op.name}: biases"))
+        if not middle:
+            parts["zero_points"].append(pack_bits(zero_codes(grid), grid.bits))
+    blobs = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+    if to_code:
+        result = entropy_coder.encode(list(to_code.values()))
+        for i, length in zip(to_code, result.lengths, strict=True):
+            plans[i] = replace(plans[i], coded=length)
+        blobs["stream"], blobs["tables"] = as_bytes(result.stream), as_bytes(result.tables)
+    if network.activations:
+        if surplus := set(network.activations) - {op.name for op in network.ops}:
+            raise ValueError(f"activation grids of values that are not there: {sorted(surplus)}")
+        blobs["grids"] = as_bytes(b"".join(pack_grid(network.activations.get(op.name)) for op in network.ops))
+    return tuple(plans), blobs
+
+
+def exact_half(x: Tensor, what: str) -> Tensor:
+    """float16 [n]; ValueError where that is not the same number."""
+    half = x.detach().cpu().reshape(-1).half()
+    if not torch.equal(half.float(), x.detach().cpu().reshape(-1).float()) or not half.isfinite().all():
+        raise ValueError(f"{what} are not exact in float16; round them before evaluating")
+    return half
+
+
+def zero_codes(grid: Grid) -> Tensor:
+    """Zero-points as uint8 [n]; ValueError where one is not a code."""
+    flat = grid.zero_point.cpu().reshape(-1)
+    if int(flat.min()) < 0 or int(flat.max()) > grid.highest:
+        raise ValueError("a zero-point is not a code of its grid")
+    return flat.to(torch.uint8)
+
+
+def pack_grid(grid: Grid | None) -> bytes:
+    if grid is None:
+        return bytes(4)
+    if not 1 <= grid.bits <= 8 or grid.scale.ndim:
+        raise ValueError("activations take one grid of 1 to 8 bits a tensor")
+    scale = float(exact_half(grid.scale, "an activation's scale"))
+    return struct.pack("<BBe", grid.bits, int(zero_codes(grid)), scale)
+
+
+def unpack_grid(content: bytes) -> Grid | None:
+    bits, zero_point, scale = struct.unpack("<BBe", content)
+    if bits == 0 and content == bytes(4):
+        return None
+    return checked(Grid(bits, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)))
+
+
+def checked(grid: Grid) -> Grid:
+    """The grid, if it is one: else ValueError."""
+    inside = 1 <= grid.bits <= 8 and int(grid.zero_point.max()) <= grid.highest
+    if not inside or not bool(((grid.scale > 0) & grid.scale.isfinite()).all()):
+        raise ValueError("a grid out of range")
+    return grid
+
+
+def as_bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def manifest(network: QuantizedNetwork, plans: Sequence[Plan], info: Mapping[str, Any]) -> dict[str, Any]:
+    """bits, per_channel, middle: one digit a layer. coded: present where the entropy coder was used."""
+    digits = {key: "".join(str(int(getattr(p, key))) for p in plans) for key in ("bits", "per_channel", "middle")}
+    coded = [plan.coded for plan in plans]
+    return {
+        "sha256": BLANK.decode(),
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": asdict(network.architecture),
+        "normalization": asdict(network.normalization),
+        **digits,
+        **({} if all(length is None for length in coded) else {"coder": "rans", "coded": coded}),
+        "info": dict(info),
+    }
+
+
+def read_plans(document: Mapping[str, Any]) -> tuple[Plan, ...]:
+    """The inverse of `manifest` for its layers; ValueError, KeyError or TypeError where they are not what it wrote."""
+    allowed = {"bits": "012345678", "per_channel": "01", "middle": "01"}
+    columns = [[digits.index(digit) for digit in document[key]] for key, digits in allowed.items()]
+    coded = document.get("coded", [None] * len(columns[0]))
+    if not all(length is None or (type(length) is int and length >= 0) for length in coded):
+        raise ValueError("coded lengths out of range")
+    rows = zip(*columns, coded, strict=True)
+    return tuple(Plan(bits, bool(channel), bool(middle), length) for bits, channel, middle, length in rows)
+
+
+def serialise(document: Mapping[str, Any], blobs: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    content = save(dict(blobs), {"packed": json.dumps(document, separators=(",", ":"))})
+    if int.from_bytes(content[:8], "little") > MOST_HEADER_BYTES:
+        raise ValueError("info is too long for the header of a packed file")
+    return content
+
+
+def digest_place(content: bytes) -> int:
+    """Where the digest's 64 digits begin; -1 where there is no manifest."""
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    at = header.find(MARK)
+    return at if at < 0 else 8 + at + len(MARK)
+
+
+def sign(content: bytes) -> bytes:
+    """The file with the digest of itself in its place."""
+    at = digest_place(content)
+    blank = content[:at] + BLANK + content[at + 64 :]
+    return content[:at] + hashlib.sha256(blank).hexdigest().encode() + content[at + 64 :]
+
+
+def read(path: Path) -> Packed:
+    """The file's content, all of it checked. UserError as in `load_packed`."""
+    content = read_bytes(Path(path))
+    if sign(content) != content:
+        raise UserError(f"{path} is damaged or was edited (its checksum does not fit); pack the model again")
+    try:
+        from safetensors.torch import load
+
+        size = int.from_bytes(content[:8], "little")
+        document = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["packed"])
+        if document["format"] != FORMAT or document["version"] != VERSION:
+            raise ValueError(f"format {document['format']}, version {document['version']}")
+        blobs = load(content)
+        plans = read_plans(document)
+        return Packed(from_blobs(document, plans, blobs), plans, blobs, dict(document["info"]), len(content))
+    except Exception as error:  # of many kinds with one meaning: the digest fits, but this program did not write it
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path} is not a packed model that this version can read ({reason})") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content, if its beginning is that of a packed model: a large foreign file is not read whole."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give --packed one that test.py wrote")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            size = int.from_bytes(start, "little")
+            start += file.read(size) if size <= MOST_HEADER_BYTES else b""
+            if digest_place(start) < 0 or path.stat().st_size > MOST_BYTES:
+                raise UserError(f"{path} is not a packed model, or is damaged; give --packed a file that test.py wrote")
+            return start + file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+class Blobs:
+    """The blobs, read from front to back; ValueError where one is too short, too long, or of another type."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors, self.places = tensors, dict.fromkeys(tensors, 0)
+
+    def take(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
+        start = self.places.get(name, 0)
+        part = self.tensors.get(name, torch.empty(0, dtype=dtype))[start : start + count]
+        if part.shape != (count,) or part.dtype != dtype:
+            raise ValueError(f"{name}: expected {start + count} or more of {dtype}")
+        self.places[name] = start + count
+        return part
+
+    def finish(self) -> None:
+        for name, place in self.places.items():
+            if self.tensors[name].shape != (place,):
+                raise ValueError(f"{name}: {self.tensors[name].numel() - place} too many")
+
+
+def from_blobs(document: Mapping[str, Any], plans: Sequence[Plan], tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
+    """The network of a manifest and its blobs; raises some error where they do not agree."""
+    architecture = Architecture(**document["architecture"])
+    mean, std = tuple(document["normalization"]["mean"]), float(document["normalization"]["std"])
+    if len(mean) != 3 or not all(type(m) is int and 0 <= m <= 255 for m in mean) or not 0 < std < math.inf:
+        raise ValueError("a normalisation out of range")
+    ops, blobs = operations(architecture), Blobs(tensors)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in MobileNetV2(architecture).state_dict().items()}
+    layers = {}
+    for op, plan in zip(weighted(ops), plans, strict=True):
+        shape = shapes[f"{op.name}.weight"]
+        count, out = shape.numel(), shape[0]
+        if plan.bits == 0:
+            weight = blobs.take("floats", count, torch.float32).reshape(shape)
+            layers[op.name] = Layer(weight, None, blobs.take("floats", out, torch.float32))
+            continue
+        if plan.coded is None:
+            packed = blobs.take("codes", packed_bytes(count, plan.bits), torch.uint8)
+            codes = unpack_bits(packed, plan.bits, count).reshape(shape)
+        else:
+            codes = torch.empty(shape, dtype=torch.uint8, device="meta")  # decoded below, all layers together
+        grid = read_grid(blobs, plan, out)
+        layers[op.name] = Layer(codes, grid, blobs.take("biases", out, torch.float16).float())
+    coded = {op.name: p.coded for op, p in zip(weighted(ops), plans, strict=True) if p.coded is not None}
+    if coded:
+        layers |= decode_layers(blobs, {name: layers[name] for name in coded}, sum(coded.values()))
+    activations = {}
+    if "grids" in tensors:
+        content = blobs.take("grids", 4 * len(ops), torch.uint8).numpy().tobytes()
+        grids = {op.name: unpack_grid(content[4 * i : 4 * i + 4]) for i, op in enumerate(ops)}
+        activations = {name: grid for name, grid in grids.items() if grid is not None}
+    blobs.finish()
+    return QuantizedNetwork(architecture, Normalization(mean, std), ops, layers, activations)
+
+
+def read_grid(blobs: Blobs, plan: Plan, out: int) -> Grid:
+    """A layer's weight grid."""
+    channels = out if plan.per_channel else 1
+    scale = blobs.take("scales", channels, torch.float16).float()
+    zeros = torch.full((channels,), 2 ** (plan.bits - 1), dtype=torch.int32)
+    if not plan.middle:
+        packed = blobs.take("zero_points", packed_bytes(channels, plan.bits), torch.uint8)
+        zeros = unpack_bits(packed, plan.bits, channels).int()
+    return checked(Grid(plan.bits, scale, zeros) if plan.per_channel else Grid(plan.bits, scale[0], zeros[0]))
+
+
+def decode_layers(blobs: Blobs, layers: Mapping[str, Layer], length: int) -> dict[str, Layer]:
+    """The layers with their codes out of the entropy coder's stream of `length` bytes and its states."""
+    stream = blobs.take("stream", 4 * entropy_coder.LANES + length, torch.uint8)
+    tables = blobs.take("tables", blobs.tensors["tables"].numel(), torch.uint8)
+    sizes = [(layer.codes.numel(), layer.grid.bits) for layer in layers.values()]
+    decoded = entropy_coder.decode(stream.numpy().tobytes(), tables.numpy().tobytes(), sizes)
+    result = {}
+    for (name, layer), symbols in zip(layers.items(), decoded, strict=True):
+        codes = centred(torch.from_numpy(symbols).reshape(len(layer.bias), -1), layer.grid, +1)
+        result[name] = replace(layer, codes=codes.reshape(layer.codes.shape))
+    return result
