@@ -7,6 +7,7 @@ normalisation and the metrics of the run. Writes are atomic.
 
 import dataclasses
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import Normalization
+from data import Normalization, network_timeout
 from errors import UserError
-from files import write_atomically
-from models import Architecture, MobileNetV2
+from files import write_bytes
+from models import Architecture, MobileNetV2, skeleton
 from models.mobilenetv2_cifar import replace_classifier
 from vision import import_torchvision
 
@@ -50,33 +51,42 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state.items()}
     header = to_header(checkpoint)
     if Path(path).suffix == ".safetensors":
-        from safetensors.torch import save_file
+        import safetensors.torch
 
-        write_atomically(path, lambda temporary: save_file(state, temporary, {"checkpoint": header}))
+        write_bytes(path, safetensors.torch.save(state, {"checkpoint": header}))
     else:
-        write_atomically(path, lambda temporary: torch.save({"checkpoint": header, "state": state}, temporary))
+        write_torch(path, {"checkpoint": header, "state": state})
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """(tensors, header or None) of a weight file in either format; UserError where it is no such file."""
+def write_torch(path: Path, content: Any) -> None:
+    """`torch.save`, atomically. Through memory, so that a full disk is an ordinary error of writing."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_tensors(path: Path, advice: str = "give one that train.py wrote") -> tuple[dict[str, Tensor], str | None]:
+    """(tensors, header or None) of a weight file in either format; UserError with `advice` where it is no such file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give --checkpoint a file that train.py wrote")
+        raise UserError(f"{path} does not exist; {advice}")
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("checkpoint")  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(content, dict) and "state" in content and "checkpoint" in content:
-            return content["state"], content["checkpoint"]
-        return dict(content), None
+                state, header = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                header = header.get("checkpoint")
+        else:
+            content = dict(torch.load(path, map_location="cpu", weights_only=True))
+            ours = content.keys() == {"checkpoint", "state"}
+            state, header = (dict(content["state"]), content["checkpoint"]) if ours else (content, None)
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise ValueError("it holds other things than tensors")
+        return state, header
     except Exception as error:  # the readers raise many kinds; for the user they mean one thing
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is not a checkpoint that can be read safely ({reason}); give one that train.py wrote"
-        ) from None
+        raise UserError(f"{path} is not a checkpoint that can be read safely ({reason}); {advice}") from None
 
 
 def load(path: Path) -> Checkpoint:
@@ -86,49 +96,69 @@ def load(path: Path) -> Checkpoint:
         fields = json.loads(header or "")
         if fields.pop("format") != FORMAT:
             raise ValueError
-        architecture = Architecture(**fields.pop("architecture"))
-        normal = fields.pop("normalization")
-        normalization = Normalization(tuple(normal["mean"]), normal["std"])
         checkpoint = Checkpoint(
-            architecture, state, classes=tuple(fields.pop("classes")), normalization=normalization, **fields
+            architecture=Architecture(**fields.pop("architecture")),
+            state=state,
+            classes=tuple(fields.pop("classes")),
+            normalization=Normalization(**{**fields["normalization"], "mean": tuple(fields["normalization"]["mean"])}),
+            **{name: fields[name] for name in ("dataset", "metrics")},
         )
-    except (ValueError, KeyError, TypeError):
+        expected = skeleton(checkpoint.architecture)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         raise UserError(
-            f"{path} is not a checkpoint of this project (no header); give one that train.py wrote"
+            f"{path} is not a checkpoint of this project (no header that fits); give one that train.py wrote"
         ) from None
-    if len(checkpoint.classes) != architecture.num_classes:
+    if len(checkpoint.classes) != checkpoint.architecture.num_classes:
         raise UserError(
-            f"{path} names {len(checkpoint.classes)} classes for {architecture.num_classes} outputs; it is damaged"
+            f"{path} names {len(checkpoint.classes)} classes for {checkpoint.architecture.num_classes} outputs; "
+            "it is damaged, give another --checkpoint"
         )
-    build_model(checkpoint, path)
+    check_state(expected, state, path)
     return checkpoint
 
 
 def build_model(checkpoint: Checkpoint, path: Path | str = "the checkpoint") -> MobileNetV2:
-    """The FP32 network in evaluation mode, channels_last."""
-    model = MobileNetV2(checkpoint.architecture)
-    load_state(model, checkpoint.state, path)
-    return model.eval().to(memory_format=torch.channels_last)
+    """The FP32 network in evaluation mode, channels_last, with a copy of the checkpoint's weights."""
+    model = skeleton(checkpoint.architecture)
+    check_state(model, checkpoint.state, path)
+    model.load_state_dict({name: tensor.clone() for name, tensor in checkpoint.state.items()}, assign=True)
+    return model.requires_grad_(True).eval().to(memory_format=torch.channels_last)
 
 
 def load_state(model: MobileNetV2, state: dict[str, Tensor], path: Path | str) -> None:
-    """Loads `state` strictly; UserError that names the first missing, surplus or misshapen tensor."""
+    """Copies `state` into `model`; UserError where it does not fit."""
+    check_state(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_state(model: MobileNetV2, state: dict[str, Tensor], path: Path | str) -> None:
+    """UserError that names the first missing, surplus or misshapen tensor, unless `state` fits `model` exactly."""
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not a tensor of this network" for name in state if name not in expected]
     problems += [
-        f"{name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}"
+        f"{name} is {describe(state[name])}, expected {describe(tensor)}"
         for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
+        if name in state and (state[name].shape, state[name].dtype) != (tensor.shape, tensor.dtype)
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{path} does not fit {model.architecture}: {problems[0]}{more}")
-    model.load_state_dict(state)
+        shape = model.architecture
+        raise UserError(
+            f"{path} does not fit a network of width {shape.width_mult} with {shape.num_classes} classes: "
+            f"{problems[0]}{more}"
+        )
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def pretrained_state(model: MobileNetV2) -> dict[str, Tensor]:
-    """ImageNet weights (torchvision's IMAGENET1K_V2) for `model`, with the classifier of `model`; width 1.0 only."""
+    """ImageNet weights (torchvision's IMAGENET1K_V2) for `model`, with the classifier of `model`; width 1.0 only.
+
+    From torchvision's cache ($TORCH_HOME/hub/checkpoints) or the network; UserError names the file where both fail.
+    """
     if model.architecture.width_mult != 1.0:
         raise UserError(f"--pretrained has weights for --width-mult 1.0 only, not {model.architecture.width_mult}")
     weights = import_torchvision("torchvision.models").MobileNet_V2_Weights.IMAGENET1K_V2
@@ -136,15 +166,17 @@ def pretrained_state(model: MobileNetV2) -> dict[str, Tensor]:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                weights.url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False
-            )
+            with network_timeout():
+                prefix = path.stem.rpartition("-")[2]  # of the SHA-256
+                torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=prefix, progress=False)
         except Exception as error:  # URLError, HTTPError, OSError, RuntimeError for a wrong hash
             reason = getattr(error, "reason", None) or error
             raise UserError(
                 f"--pretrained cannot download ImageNet weights ({reason}); put {weights.url} at {path}"
             ) from None
-    return replace_classifier(read_tensors(path)[0], model)
+    state = replace_classifier(read_tensors(path, f"delete it, or put {weights.url} there")[0], model)
+    check_state(model, state, path)
+    return state
 
 
 def short_hash(path: Path) -> str:

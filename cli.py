@@ -6,6 +6,7 @@ the flags (`-` and `_` mean the same), the checks, and the messages: one line th
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -54,19 +55,26 @@ def convert(text: Any, kind: type) -> Any:
         return names[str(text).lower()]
     if isinstance(text, bool) or not isinstance(text, str | int | float | Path):
         raise ValueError
-    if kind is int and isinstance(text, float) and text != int(text):
+    if kind is int and isinstance(text, float) and not text.is_integer():
         raise ValueError
-    return kind(int(text) if kind is int and isinstance(text, float) else text)
+    value = kind(text)
+    if kind is float and not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", Path: "a path"}
+METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
 
 def checked(field: dataclasses.Field, value: Any) -> Any:
-    """`value` converted to the field's type and within its limits; UserError that names the flag if not."""
-    if value is None or value == field.default:
-        return field.default if value is None else value
+    """`value` converted to the field's type and within its limits; UserError that names the flag if not.
+
+    None stands for the default, as an empty list does where that is the default.
+    """
     kind, many = element_type(field.type)
+    if value is None or (many and field.default == () and value in ((), [])):
+        return field.default
     meta = field.metadata
     limits = [f"one of {', '.join(map(str, meta['choices']))}"] if meta["choices"] else [KIND_NAMES[kind]]
     limits += [f"at least {meta['low']}"] if meta["low"] is not None else []
@@ -114,11 +122,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse(kind: type[Settings], description: str, argv: Sequence[str]) -> Settings:
     """Settings of the dataclass `kind` from flags. Errors name the flag and what it expects."""
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups: dict[str, Any] = {}
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    groups: dict[str, Any] = {"options": parser}  # argparse's own group, where --help stands
+    booleans: dict[str, dataclasses.Field] = {}
     for field in dataclasses.fields(kind):
         meta = field.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        group = groups[meta["group"]]
         names = [flag(field.name), *(flag(alias) for alias in meta["aliases"])]
         value_type, many = element_type(field.type)
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
@@ -126,17 +139,35 @@ def parse(kind: type[Settings], description: str, argv: Sequence[str]) -> Settin
         common = dict(dest=field.name, default=None, help=(meta["help"] + shown).replace("%", "%%"))
         if value_type is bool:
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+            booleans.update(dict.fromkeys(names, field))
         else:
             choices = "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else None
-            metavar = choices or value_type.__name__.upper()
-            group.add_argument(*names, metavar=f"{metavar}[,...]" if many else metavar, **common)
-    given = vars(parser.parse_args([normalised(token) for token in argv]))
+            metavar = choices or METAVARS[value_type]
+            group.add_argument(*names, metavar=f"{metavar},..." if many else metavar, **common)
+    given = vars(parser.parse_args([normalised(token, booleans) for token in argv]))
     return from_mapping(kind(), {name: value for name, value in given.items() if value is not None})
 
 
-def normalised(token: str) -> str:
-    """A flag with `_` written as `-`; anything else unchanged."""
+def normalised(token: str, booleans: Mapping[str, dataclasses.Field]) -> str:
+    """A flag with `_` written as `-`, and `--x=true` or `--x=false` as `--x` or `--no-x`; anything else unchanged."""
     if not token.startswith("--"):
         return token
     name, equals, value = token.partition("=")
-    return name.replace("_", "-") + equals + value
+    name = name.replace("_", "-")
+    if equals and name in booleans:
+        return name if checked(booleans[name], value) else f"--no-{name[2:]}"
+    return name + equals + value
+
+
+def to_argv(settings: Any) -> list[str]:
+    """The flags that give `settings`: those that differ from their defaults. `parse` reads them back."""
+    argv = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            argv.append(flag(field.name if value else f"no_{field.name}"))
+        else:
+            argv += [flag(field.name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return argv

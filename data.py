@@ -15,9 +15,10 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from errors import UserError
 from files import write_atomically
@@ -44,7 +46,9 @@ class Normalization:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] → float32 [N, 3, H, W] in channels_last."""
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
+        # Filled on the device: a tensor copied from the host would make a GPU wait at every batch.
+        mean = torch.stack([torch.full((), m, dtype=torch.float32, device=pixels.device) for m in self.mean])
+        mean = mean.view(1, 3, 1, 1)
         return pixels.float().contiguous(memory_format=torch.channels_last).sub_(mean).div_(self.std)
 
 
@@ -101,25 +105,32 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def read_class_folders(folder: Path, names: list[str]) -> Split:
+    """The pictures of all classes, by class and then by file name; hidden files are left out."""
+    files = []
+    for label, name in enumerate(names):
+        paths = sorted(p for p in (folder / name).iterdir() if not p.name.startswith(".") and not p.is_dir())
+        if not paths:
+            raise UserError(f"{folder / name} is empty; every class needs at least one picture in train and in test")
+        files += [(path, label) for path in paths]
+    bar = tqdm(files, desc=f"reading {folder}", unit="img", disable=None, leave=False)
+    pictures = np.stack([read_picture(path) for path, _ in bar])
+    return Split(
+        torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
+    )
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """uint8 [32, 32, 3] of any picture file that Pillow reads."""
     from PIL import Image
 
-    images, labels = [], []
-    for label, name in enumerate(names):
-        files = sorted(p for p in (folder / name).iterdir() if p.is_file() and not p.name.startswith("."))
-        if not files:
-            raise UserError(f"{folder / name} is empty; every class needs at least one picture in train and in test")
-        for path in files:
-            try:
-                with Image.open(path) as picture:
-                    picture = picture.convert("RGB")
-                    if picture.size != (SIZE, SIZE):
-                        picture = picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-                    images.append(np.asarray(picture))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise UserError(f"{path} is not a readable picture ({error}); remove or replace it") from None
-            labels.append(label)
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(stacked, torch.tensor(labels))
+    try:
+        with Image.open(path) as picture:
+            colours = picture.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
+        raise UserError(f"{path} is not a readable picture ({error}); remove or replace it") from None
+    if colours.size != (SIZE, SIZE):
+        colours = colours.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(colours)
 
 
 def read_cifar(name: str, root: Path) -> Dataset:
@@ -127,7 +138,7 @@ def read_cifar(name: str, root: Path) -> Dataset:
     datasets = import_torchvision("torchvision.datasets")
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), network_timeout():
             warnings.simplefilter("ignore")
             parts = [kind(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision lets URLError, RuntimeError, tarfile and zlib errors through
@@ -137,6 +148,17 @@ def read_cifar(name: str, root: Path) -> Dataset:
         ) from None
     splits = [Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Dataset(name, tuple(parts[0].classes), *splits)
+
+
+@contextlib.contextmanager
+def network_timeout(seconds: float = 30.0) -> Iterator[None]:
+    """Downloads inside give up after `seconds` without an answer; torchvision sets no limit of its own."""
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(previous)
 
 
 def read_digits(root: Path) -> Dataset:
@@ -174,13 +196,18 @@ def source_fingerprint(name: str, root: Path) -> str:
                 continue
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda e: e.name):
-                    stat = entry.stat()
+                    stat = entry.stat(follow_symlinks=entry.is_file())  # a broken link has only a stat of its own
                     digest.update(f"{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
                     found = True
     return digest.hexdigest() if found else ""
 
 
 # --------------------------------------------------------------------------------------------------------- the cache
+
+
+def default_name(root: Path) -> str:
+    """The data set meant where --dataset is not given: `folder` if there is a `train` folder, else `cifar10`."""
+    return "folder" if (Path(root) / "train").is_dir() else "cifar10"
 
 
 def load(name: str, root: Path) -> Dataset:
@@ -217,10 +244,11 @@ def write_cache(path: Path, dataset: Dataset, fingerprint: str) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 over the bytes of the tensors (on the CPU), in the order of their names; 8 hex digits."""
     value = 0
     for _, tensor in sorted(tensors.items()):
-        value = zlib.crc32(tensor.numpy(), value)
+        value = zlib.crc32(tensor.contiguous().numpy(), value)
     return f"{value:08x}"
 
 
@@ -237,7 +265,7 @@ def read_cache(path: Path, name: str, fingerprint: str) -> Dataset | None:
             return None
         splits = [Split(tensors[f"{part}.images"], tensors[f"{part}.labels"]) for part in ("train", "test")]
         return Dataset(name, tuple(json.loads(metadata["classes"])), *splits)
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         return None
 
 
@@ -277,7 +305,7 @@ class Augmentation:
 
 
 def augment(images: Tensor, augmentation: Augmentation, normalization: Normalization, draws: Tensor) -> Tensor:
-    """Normalised float32 [B, 3, H, W] from uint8 pictures; padding and cutout are the mean colour (0).
+    """Normalised float32 [B, 3, H, W], channels_last, from uint8 pictures; padding and cutout are the mean colour (0).
 
     draws: [B, 5] uniform in [0, 1): shift down, shift right, mirror, cutout row, cutout column.
     """

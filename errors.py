@@ -13,10 +13,13 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Runs a command line's `main` and exits: 0, its own code, or 2 with one line for a `UserError`."""
+    """Runs a command line's `main` and exits: 0, its own code, 2 with one line for a `UserError`, 130 for Ctrl-C."""
     try:
         code = main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code or 0)

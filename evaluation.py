@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Normalization, Split, batches
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Score:
 @torch.inference_mode()
 def score(forward: Callable[[Tensor], Tensor], split: Split, batch_size: int, device: torch.device | str) -> Score:
     """`forward`: uint8 pictures [B, 3, 32, 32] → logits [B, classes]. Reads the result back once, at the end."""
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    correct, losses = [], []
     for batch in batches(split, batch_size):
         labels = batch.labels.to(device)
         logits = forward(batch.images.to(device)).float()
-        correct += (logits.argmax(1) == labels).sum()
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-    return Score(100.0 * int(correct) / len(split), float(loss) / len(split), len(split))
+        correct.append((logits.argmax(1) == labels).sum())
+        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+    hits, loss = int(torch.stack(correct).sum()), float(torch.stack(losses).cpu().double().sum())
+    return Score(100.0 * hits / len(split), loss / len(split), len(split))
 
 
 def normalized(model: Callable[[Tensor], Tensor], normalization: Normalization) -> Callable[[Tensor], Tensor]:
@@ -39,10 +40,10 @@ def normalized(model: Callable[[Tensor], Tensor], normalization: Normalization) 
 
 def choose_device(name: str | None) -> torch.device:
     """`--device`: what it says; without it CUDA, then Apple's MPS, then the CPU."""
-    from errors import UserError
-
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device is {name!r}; expected cpu, cuda, cuda:1 or mps")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

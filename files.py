@@ -5,33 +5,60 @@ A write goes to a temporary file in the same folder, is flushed to the disk, and
 """
 
 import contextlib
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from errors import UserError
+
+STALE_SECONDS = 3600  # a temporary file older than this belongs to no write that still goes on
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write(temporary path)`, then gives what it wrote the name `path`. Makes the folder if it is missing."""
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        name = new_temporary(path)
+        try:
+            write(Path(name))
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~current_umask())  # mkstemp makes private files; ours are ordinary ones
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from None
+
+
+def new_temporary(path: Path) -> str:
+    """The name of a new, empty, hidden file beside `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
+    return name
+
+
+def check_writable(path: Path) -> None:
+    """UserError if `path` cannot be written; to be called before hours of work whose result goes there.
+
+    Writes nothing under that name. Removes what a killed process left of earlier writes to it.
+    """
+    path = Path(path)
     try:
-        write(Path(name))
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~current_umask())  # mkstemp makes private files; ours are ordinary ones
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+        os.unlink(new_temporary(path))
+        for left_over in path.parent.glob(glob.escape(f".{path.name}.") + "????????" + glob.escape(path.suffix)):
+            if time.time() - left_over.stat().st_mtime > STALE_SECONDS:
+                left_over.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from None
 
 
 def current_umask() -> int:

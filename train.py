@@ -1,36 +1,40 @@
 """Trains an FP32 MobileNetV2 and saves its best checkpoint.
 
-python train.py --dataset digits --width-mult 0.35 --epochs 15
-python train.py --data-dir ./data --batch-size 128 --epochs 300 --lr 0.1
-python train.py --resume                     (goes on after Ctrl-C, SIGTERM or a crash)
+examples:
+  python train.py --dataset digits --width-mult 0.35 --epochs 15     a minute, no download
+  python train.py --data-dir ./data                                  CIFAR-10 (fetched) or a folder of pictures
+  python train.py --data-dir ./data --resume                         goes on after Ctrl-C, SIGTERM or a crash
 """
 
-import contextlib
 import dataclasses
 import json
+import math
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint as checkpoints
 import data
+import pace
 import training
 from checkpoint import Checkpoint
-from cli import flag, option, parse
+from cli import flag, option, parse, to_argv
 from errors import UserError, run_main
 from evaluation import Score, choose_device, normalized, score
-from files import write_atomically
-from models import Architecture, MobileNetV2
+from files import check_writable
+from interrupts import Interrupted, signals_caught
+from models import Architecture, MobileNetV2, multiply_adds
+from traininglog import Epoch, open_log
 
-LOG_HEADER = "epoch lr train_loss train_acc val_loss val_acc test_loss test_acc images_per_second"
+IMAGENET = data.Normalization((124, 116, 104), 58.0)  # what torchvision's weights were trained with, rounded to pixels
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,15 @@ class Settings:
     flip: bool | None = option(None, "mirror half of the pictures (default: yes, except for digits)", group="data")
     cutout: int = option(0, "side of a random blank square", low=0, high=32, group="data")
     progressive_sizes: tuple[int, ...] = option(
-        (), "train on smaller pictures first, in equal shares of the run, e.g. 16,24,32", low=8, high=32, group="data"
+        (), "sides of the pictures, in equal shares of the run, e.g. 16,24,32 (faster)", low=8, high=32, group="data"
     )
 
     width_mult: float = option(1.0, "channels relative to the paper's network", low=0.05, high=4, group="network")
     dropout: float = option(0.0, "dropout before the classifier", low=0, high=0.9, group="network")
-    pretrained: bool = option(False, "start from torchvision's ImageNet weights (width 1.0)", group="network")
-    checkpoint: Path | None = option(None, "start from the weights of this checkpoint", group="network")
+    pretrained: bool = option(False, "start from torchvision's ImageNet weights (width 1.0 only)", group="network")
+    checkpoint: Path | None = option(
+        None, "start from the weights of this checkpoint; a new classifier if its classes are others", group="network"
+    )
 
     epochs: int = option(300, "passes over the training pictures", low=1, group="training")
     batch_size: int = option(128, "pictures a step", low=2, group="training")
@@ -63,230 +69,349 @@ class Settings:
         "cosine", "learning rate after the warm-up", choices=("cosine", "constant"), group="training"
     )
     warmup_epochs: float | None = option(
-        None, "linear warm-up (default: 5, at most a tenth of the epochs)", low=0, group="training"
+        None, "length of the linear warm-up (default: 5, at most a tenth of the epochs)", low=0, group="training"
     )
     momentum: float = option(0.9, "Nesterov momentum", low=0, high=0.999, group="training")
     weight_decay: float = option(5e-4, "on convolution and linear weights", low=0, group="training")
     label_smoothing: float = option(0.1, "share of the target given to all classes", low=0, high=0.9, group="training")
     ema_decay: float = option(
-        0.0, "evaluate a moving average of the weights, e.g. 0.999", low=0, high=0.99999, group="training"
+        0.0, "evaluate and save a moving average of the weights, e.g. 0.999", low=0, high=0.99999, group="training"
     )
     seed: int = option(0, "of weights, split, order and augmentation", low=0, group="training")
     max_minutes: float = option(
-        0.0, "end after this much training time; the schedule bends to it", low=0, group="training"
+        0.0, "end after this much time on the clock; the schedule bends to it", low=0, group="training"
     )
     eval_every: int = option(1, "epochs between evaluations on validation and test", low=1, group="training")
 
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="machine")
     bf16: bool | None = option(None, "bfloat16 autocast (default: on CUDA)", group="machine")
-    compile: bool = option(False, "torch.compile the network", group="machine")
+    compile: bool = option(
+        False, "torch.compile the network, with CUDA graphs on CUDA; a minute's start", group="machine"
+    )
     save_path: Path = option(
-        Path("checkpoints/mnv2_fp32_best.pth"), "best checkpoint; .safetensors or .pth", group="files"
+        Path("checkpoints/mnv2_fp32_best.pth"), "where the best checkpoint goes; .safetensors or .pth", group="files"
     )
     log_file: Path | None = option(
         None, "one line an epoch (default: training_log.txt beside the checkpoint)", group="files"
     )
-    resume: bool = option(False, "go on from the state saved beside SAVE_PATH, if there is one", group="files")
+    resume: bool = option(False, "go on from the state saved beside the checkpoint, if there is one", group="files")
 
 
-# Settings that may differ between the parts of a resumed run: they do not change its result.
-FREE = {"data_dir", "eval_every", "device", "compile", "save_path", "log_file", "resume"}
+# Settings that may differ between the parts of a resumed run: they do not decide its result.
+FREE = {"data_dir", "eval_every", "max_minutes", "device", "compile", "save_path", "log_file", "resume"}
 
 
-def make_recipe(settings: Settings, device: torch.device, dataset: str) -> training.Recipe:
-    flip = settings.flip if settings.flip is not None else dataset != "digits"
+@dataclass(frozen=True)
+class Run:
+    """What a run works with. train, val, test lie on the device; state is what changes; digest is that of train."""
+
+    settings: Settings
+    recipe: training.Recipe
+    classes: tuple[str, ...]
+    normalization: data.Normalization
+    train: data.Split
+    val: data.Split
+    test: data.Split
+    state: training.State
+    digest: str
+
+    @property
+    def steps(self) -> int:
+        return training.steps_per_epoch(len(self.train), self.recipe.batch_size)
+
+
+def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None) -> Checkpoint:
+    """One run: data, network, epochs, best checkpoint. Returns the checkpoint; calls `on_epoch` after every epoch.
+
+    Raises `Interrupted` after Ctrl-C or SIGTERM, with the state saved.
+    """
+    settings = dataclasses.replace(settings, dataset=settings.dataset or data.default_name(settings.data_dir))
+    device = choose_device(settings.device)
+    recipe = make_recipe(settings, device)
+    for path in (settings.save_path, resume_path(settings), log_path(settings)):
+        check_writable(path)
+    saved = saved_state(settings) if settings.resume else None
+    if saved and saved["finished"]:
+        print(f"this run is finished; {settings.save_path} is its checkpoint")
+        return checkpoints.load(settings.save_path)
+
+    run = start(settings, recipe, device, saved)
+    state = run.state
+    best = checkpoint_so_far(run)
+    forward = compiled(state.model, device) if settings.compile else state.model
+    with (
+        open_log(log_path(settings), command(settings), state.epoch) as log,
+        signals_caught() as signals,
+        pace.new_bar() as bar,
+    ):
+        watch = watcher(run, bar, signals)
+        try:
+            while state.step or training.progress(state, recipe, run.steps) < 1.0:
+                training.train_epoch(state, run.train, recipe, run.normalization, forward, watch)
+                row = end_epoch(run, watch)
+                if row.test and (row.val is None or row.val.accuracy > state.best_accuracy):
+                    state.best_accuracy = row.val.accuracy if row.val else -1.0
+                    best = make_checkpoint(run, row)
+                    checkpoints.save(best, settings.save_path)
+                print(row.line(), file=log, flush=True)
+                if bar.disable:
+                    print(row.line(), flush=True)
+                training.next_epoch(state)
+                save_state(run)
+                on_epoch(row)
+        except Interrupted:
+            save_state(run)
+            raise
+    save_finished(settings)
+    return best
+
+
+# -------------------------------------------------------------------------------------------------- before the epochs
+
+
+def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
+    """The part of the settings that decides the result, with the defaults that depend on others filled in."""
+    flip = settings.flip if settings.flip is not None else settings.dataset != "digits"
     shared = {
         f.name: getattr(settings, f.name) for f in dataclasses.fields(training.Recipe) if hasattr(settings, f.name)
     }
     shared["augmentation"] = data.Augmentation(settings.pad, flip, settings.cutout)
-    shared["bf16"] = settings.bf16 if settings.bf16 is not None else device.type == "cuda"
-    shared["warmup_epochs"] = (
-        min(5.0, settings.epochs / 10) if settings.warmup_epochs is None else settings.warmup_epochs
-    )
-    if shared["warmup_epochs"] >= settings.epochs:
-        raise UserError(f"--warmup-epochs is {shared['warmup_epochs']}; expected less than --epochs {settings.epochs}")
+    if settings.bf16 is None:
+        shared["bf16"] = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if settings.warmup_epochs is None:
+        shared["warmup_epochs"] = min(5.0, settings.epochs / 10)
+    elif settings.warmup_epochs >= settings.epochs:
+        raise UserError(f"--warmup-epochs is {settings.warmup_epochs}; expected less than --epochs {settings.epochs}")
     return training.Recipe(**shared)
 
 
-def first_model(settings: Settings, classes: int) -> MobileNetV2:
+def start(settings: Settings, recipe: training.Recipe, device: torch.device, saved: dict[str, Any] | None) -> Run:
+    """Data and network before the first step, or, from `saved`, before the next one."""
+    dataset = data.load(settings.dataset, settings.data_dir)
+    rest, val = data.stratified_split(dataset.train, min(settings.val_size, len(dataset.train) // 10), settings.seed)
+    model, normalization = first_model(settings, dataset, rest, saved)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    run = Run(
+        settings,
+        recipe,
+        dataset.classes,
+        normalization,
+        *(split.to(device) for split in (rest, val, dataset.test)),
+        training.start(model, recipe, device),
+        data.checksum({"images": rest.images, "labels": rest.labels}),
+    )
+    if saved:
+        restore(run, saved)
+    describe(run, device)
+    return run
+
+
+def first_model(
+    settings: Settings, dataset: data.Dataset, rest: data.Split, saved: dict[str, Any] | None
+) -> tuple[MobileNetV2, data.Normalization]:
+    """The network before its first step and the normalisation of its pictures: that of the weights it starts from."""
     torch.manual_seed(settings.seed)
-    model = MobileNetV2(Architecture(classes, settings.width_mult), settings.dropout)
+    model = MobileNetV2(Architecture(len(dataset.classes), settings.width_mult), settings.dropout)
+    normalization = data.normalization_for(settings.dataset, rest)
+    if saved and "normalization" in saved:  # the weights follow, with the rest of the state
+        normal = saved["normalization"]
+        return model, data.Normalization(tuple(normal["mean"]), normal["std"])
+    if settings.pretrained and settings.checkpoint:
+        raise UserError("--pretrained and --checkpoint both give first weights; choose one")
     if settings.pretrained:
         model.load_state_dict(checkpoints.pretrained_state(model))
-    elif settings.checkpoint:
-        checkpoints.load_state(model, checkpoints.load(settings.checkpoint).state, settings.checkpoint)
-    return model
+        normalization = IMAGENET
+    if settings.checkpoint:
+        first = checkpoints.load(settings.checkpoint)
+        state, normalization = first.state, first.normalization
+        if first.classes != dataset.classes:
+            print(f"{settings.checkpoint} knows other classes ({first.dataset}); the classifier starts anew")
+            state = checkpoints.replace_classifier(state, model)
+        checkpoints.load_state(model, state, settings.checkpoint)
+    return model, normalization
+
+
+def describe(run: Run, device: torch.device) -> None:
+    """Says what is trained, on what, and from where on."""
+    model, state, settings = run.state.model, run.state, run.settings
+    parameters, operations = sum(p.numel() for p in model.parameters()) / 1e6, multiply_adds(model) / 1e6
+    print(
+        f"MobileNetV2 x{settings.width_mult:g} ({parameters:.2f} M parameters, {operations:.0f} M multiply-adds), "
+        f"{device}, {settings.dataset}: {len(run.train)} training, "
+        f"{len(run.val)} validation and {len(run.test)} test pictures"
+    )
+    path = resume_path(settings)
+    if state.epoch or state.step:
+        print(f"goes on in epoch {state.epoch + 1} at step {state.step + 1}, from {path}")
+    elif settings.resume:
+        print(f"nothing to resume ({path} does not exist): starts at epoch 1")
+    elif path.exists():
+        print(f"starts at epoch 1; {path} of an earlier run will be overwritten (--resume goes on from it)")
+
+
+def compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The network through torch.compile; with CUDA graphs on CUDA, where launching kernels is most of a step's time."""
+    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+
+
+# ---------------------------------------------------------------------------------------------------- in every epoch
+
+
+def watcher(run: Run, bar: tqdm, signals: list[int]) -> Callable[..., None]:
+    """A function to call often: it moves the bar, and raises `Interrupted` once a signal has come.
+
+    While evaluating it is told how many pictures of val and test are done.
+    """
+    state, recipe, pictures = run.state, run.recipe, len(run.train)
+    sizes = recipe.progressive_sizes or (run.train.images.shape[-1],)
+    costs = (1.0,) if bar.disable else pace.size_costs(state.model, sizes, recipe.batch_size)
+    full, evaluation = pictures * (1 + pace.BACKWARD), len(run.val) + len(run.test)
+    work = pace.Work(recipe.epochs, tuple(full * c / costs[-1] for c in costs), evaluation, run.settings.eval_every)
+    first, begun = work.done(state.epoch, state.step / run.steps), time.perf_counter()
+    budget = 60 * recipe.max_minutes
+
+    def watch(evaluated: int = 0) -> None:
+        if signals:
+            raise Interrupted(signals[0])
+        if bar.disable:
+            return
+        now = work.done(state.epoch, state.step / run.steps, evaluated / evaluation)
+        left, share = pace.seconds_left(work, first, now, time.perf_counter() - begun), now / work.total
+        if budget:
+            left = min(budget - state.seconds, math.inf if left is None else left)
+            share = max(share, state.seconds / budget)
+        speed = training.pictures_seen(state, pictures, recipe) / max(state.epoch_seconds, 1e-9)
+        what = "evaluates" if evaluated else f"{speed:.0f} img/s"
+        best = f", best {state.best_accuracy:.2f} %" if state.best_accuracy >= 0 else ""
+        pace.show(bar, share, left, f"epoch {state.epoch + 1}/{recipe.epochs}, {what}{best}")
+
+    return watch
+
+
+def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
+    """Means of the epoch that has just been trained and, every `--eval-every` epochs and at the end, evaluations."""
+    state, recipe, settings = run.state, run.recipe, run.settings
+    seen = training.pictures_seen(state, len(run.train), recipe)
+    loss, accuracy = training.epoch_means(state, seen)
+    if not math.isfinite(loss):
+        kept = f"{settings.save_path} is as it was before" if settings.save_path.exists() else "no checkpoint was saved"
+        raise UserError(
+            f"training diverged in epoch {state.epoch + 1} (loss {loss}), {kept}; "
+            f"try a lower --lr than {recipe.lr:g} or a longer --warmup-epochs"
+        )
+    scores: tuple[Score | None, ...] = (None, None)
+    if (state.epoch + 1) % settings.eval_every == 0 or training.progress(state, recipe, run.steps) >= 1.0:
+        begun, done = time.perf_counter(), 0
+        network = normalized(state.evaluated().eval(), run.normalization)
+
+        def forward(images: Tensor) -> Tensor:
+            nonlocal done
+            done += len(images)
+            watch(done)
+            return network(images)
+
+        size = 1024 if run.test.images.is_cuda else 256
+        scores = tuple(score(forward, s, size, s.images.device) if len(s) else None for s in (run.val, run.test))
+        state.seconds += time.perf_counter() - begun
+    rate = state.optimizer.param_groups[0]["lr"]
+    return Epoch(state.epoch + 1, rate, loss, accuracy, *scores, images_per_second=seen / state.epoch_seconds)
+
+
+def make_checkpoint(run: Run, row: Epoch) -> Checkpoint:
+    """The evaluated weights with all that is needed to use them, and how the run got there."""
+    state, settings = run.state, run.settings
+    metrics = {
+        "epoch": row.epoch,
+        "val_acc": row.val.accuracy if row.val else None,
+        "test_acc": row.test.accuracy,
+        "seed": settings.seed,
+        "val_size": len(run.val),
+        "minutes": round(state.seconds / 60, 1),
+        "command": command(settings),
+    }
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in state.evaluated().state_dict().items()}
+    return Checkpoint(state.model.architecture, weights, settings.dataset, run.classes, run.normalization, metrics)
+
+
+def command(settings: Settings) -> str:
+    """The command line of these settings (without --resume: it is one run, however often it was cut)."""
+    return shlex.join(["python", "train.py", *to_argv(dataclasses.replace(settings, resume=False))])
+
+
+# --------------------------------------------------------------------------------------------- the files of a run
 
 
 def resume_path(settings: Settings) -> Path:
     return settings.save_path.with_name(settings.save_path.name + ".resume")
 
 
-def save_state(state: training.State, settings: Settings) -> None:
-    content = {"settings": json.dumps(dataclasses.asdict(settings), default=str), **training.to_dict(state)}
-    write_atomically(resume_path(settings), lambda temporary: torch.save(content, temporary))
+def plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON knows them: paths are text, tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
-def load_state(state: training.State, settings: Settings) -> bool:
-    """Restores the saved state if there is one; refuses a state of other settings."""
+def save_state(run: Run) -> None:
+    content = {
+        "settings": json.dumps(plain(run.settings)),
+        "finished": False,
+        "normalization": dataclasses.asdict(run.normalization),
+        "data": run.digest,
+        **training.to_dict(run.state),
+    }
+    checkpoints.write_torch(resume_path(run.settings), content)
+
+
+def save_finished(settings: Settings) -> None:
+    """Leaves a small file in the place of the state, so that --resume after the end does not begin again."""
+    checkpoints.write_torch(resume_path(settings), {"settings": json.dumps(plain(settings)), "finished": True})
+
+
+def saved_state(settings: Settings) -> dict[str, Any] | None:
+    """The saved state if there is one; UserError if it is damaged or of a run with other settings."""
     path = resume_path(settings)
     if not path.exists():
-        return False
+        return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = json.loads(saved["settings"])
-        for name, mine in json.loads(json.dumps(dataclasses.asdict(settings), default=str)).items():
-            if name not in FREE and theirs.get(name) != mine:
-                raise UserError(
-                    f"--resume: {path} was made with {flag(name)} {theirs.get(name)}, not {mine}; "
-                    "give the same settings, or start anew without --resume"
-                )
-        training.restore(state, saved)
-    except UserError:
-        raise
+        saved = {"finished": False, **torch.load(path, map_location="cpu", weights_only=True)}
+        theirs = {**plain(Settings()), **json.loads(saved["settings"])}
     except Exception as error:
-        reason = str(error).splitlines()[0][:100]
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"--resume: {path} cannot be read ({reason}); delete it to start anew") from None
-    return True
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came; the state has been saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM add their number to, instead of ending the program; a second Ctrl-C ends it."""
-    received: list[int] = []
-
-    def receive(number: int, _: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def log_line(
-    epoch: int, rate: float, train: tuple[float, float], val: Score | None, test: Score | None, speed: float
-) -> str:
-    cells = [f"{epoch}", f"{rate:.5f}", f"{train[0]:.4f}", f"{train[1]:.2f}"]
-    for part in (val, test):
-        cells += [f"{part.loss:.4f}", f"{part.accuracy:.2f}"] if part else ["-", "-"]
-    return " ".join([*cells, f"{speed:.0f}"])
-
-
-def train(settings: Settings) -> Checkpoint:
-    """One run: data, network, epochs, best checkpoint. Returns the checkpoint that it saved last."""
-    device = choose_device(settings.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    name = settings.dataset or ("folder" if (settings.data_dir / "train").is_dir() else "cifar10")
-    dataset = data.load(name, settings.data_dir)
-    val_size = min(settings.val_size, len(dataset.train) // 10)
-    rest, val = data.stratified_split(dataset.train, val_size, settings.seed)
-    normalization = data.normalization_for(name, rest)
-    recipe = make_recipe(settings, device, name)
-
-    state = training.start(first_model(settings, len(dataset.classes)), recipe, device)
-    resumed = settings.resume and load_state(state, settings)
-    forward = torch.compile(state.model) if settings.compile else state.model
-    on_device, val, test = rest.to(device), val.to(device), dataset.test.to(device)
-    log_path = settings.log_file or settings.save_path.parent / "training_log.txt"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "train.py", *sys.argv[1:]])
-    saved = checkpoints.load(settings.save_path) if resumed and settings.save_path.exists() else None
-
-    with open(log_path, "a") as log, caught_signals() as signals, progress_bar(recipe, len(rest), state) as bar:
-        if not resumed:
-            print(f"# {command}\n{LOG_HEADER}", file=log, flush=True)
-        steps = training.steps_per_epoch(len(rest), recipe.batch_size)
-        while training.progress(state, recipe, steps) < 1.0:
-            pictures, begun, rate = 0, time.perf_counter(), 0.0
-
-            def on_step(new_rate: float, size: int, count: int) -> bool:
-                nonlocal pictures, rate
-                pictures, rate = pictures + count, new_rate
-                bar.update(state.seconds - bar.n if recipe.max_minutes else count * size**2 / data.SIZE**2)
-                return not signals
-
-            complete = training.train_epoch(state, on_device, recipe, normalization, forward, on_step)
-            if not complete:
-                save_state(state, settings)
-                raise Interrupted(signals[0])
-            speed = pictures / (time.perf_counter() - begun)
-            means = training.end_epoch(state, len(rest))
-            val_score = test_score = None
-            last = training.progress(state, recipe, steps) >= 1.0
-            if last or state.epoch % settings.eval_every == 0:
-                forward_eval = normalized(state.evaluated().eval(), normalization)
-                val_score = score(forward_eval, val, 256, device) if len(val) else None
-                test_score = score(forward_eval, test, 256, device)
-            line = log_line(state.epoch, rate, means, val_score, test_score, speed)
-            print(line, file=log, flush=True)
-            bar.set_postfix_str(
-                f"epoch {state.epoch}, loss {means[0]:.3f}" + (f", val {val_score.accuracy:.2f} %" if val_score else "")
+    for name, mine in plain(settings).items():
+        if name not in FREE and theirs[name] != mine:
+            raise UserError(
+                f"--resume: the run of {path} has {flag(name)} {theirs[name]}, not {mine}; "
+                "give the same settings, or start anew without --resume"
             )
-            if test_score and (val_score is None or val_score.accuracy > state.best_accuracy):
-                state.best_accuracy = val_score.accuracy if val_score else -1.0
-                metrics = {
-                    "epoch": state.epoch,
-                    "val_acc": val_score.accuracy if val_score else None,
-                    "test_acc": test_score.accuracy,
-                    "seed": settings.seed,
-                    "val_size": val_size,
-                    "minutes": round(state.seconds / 60, 1),
-                    "command": command,
-                }
-                saved = Checkpoint(
-                    state.model.architecture,
-                    state.evaluated().state_dict(),
-                    name,
-                    dataset.classes,
-                    normalization,
-                    metrics,
-                )
-                checkpoints.save(saved, settings.save_path)
-            save_state(state, settings)
-            if signals:
-                raise Interrupted(signals[0])
-    resume_path(settings).unlink(missing_ok=True)
     return saved
 
 
-def progress_bar(recipe: training.Recipe, pictures: int, state: training.State) -> tqdm:
-    """Counts seconds where the clock ends the run, else full-size pictures: so that small ones do not mislead it."""
-    if recipe.max_minutes:
-        return tqdm(
-            total=round(60 * recipe.max_minutes),
-            initial=state.seconds,
-            unit="s",
-            desc="training",
-            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}",
-            smoothing=0.02,
-            disable=None,
-        )
-    sizes = recipe.progressive_sizes or (data.SIZE,)
-    cost = sum(size**2 / data.SIZE**2 for size in sizes) / len(sizes)
-    done = training.progress(state, recipe, training.steps_per_epoch(pictures, recipe.batch_size))
-    total = recipe.epochs * pictures * cost
-    return tqdm(
-        total=round(total),
-        initial=done * total,
-        unit="img",
-        unit_scale=True,
-        desc="training",
-        smoothing=0.02,
-        disable=None,
-    )
+def restore(run: Run, saved: dict[str, Any]) -> None:
+    """Puts what was saved into the state of `run`; UserError if the training pictures are others."""
+    path = resume_path(run.settings)
+    if saved.get("data", run.digest) != run.digest:
+        raise UserError(f"--resume: {path} is of other pictures than those in --data-dir {run.settings.data_dir}")
+    try:
+        training.restore(run.state, saved)
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"--resume: {path} does not fit ({reason}); delete it to start anew") from None
+
+
+def checkpoint_so_far(run: Run) -> Checkpoint | None:
+    """The best checkpoint that a resumed run has saved. If it is gone, the next evaluation saves a new one."""
+    if run.state.best_accuracy < 0:
+        return None
+    try:
+        return checkpoints.load(run.settings.save_path)
+    except UserError as error:
+        print(f"the best checkpoint so far is lost ({error}); the best of the epochs to come will be saved")
+        run.state.best_accuracy = -1.0
+        return None
+
+
+def log_path(settings: Settings) -> Path:
+    return settings.log_file or settings.save_path.parent / "training_log.txt"
 
 
 def main() -> int:

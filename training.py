@@ -3,7 +3,8 @@
 Recipe: SGD with Nesterov momentum, cosine with linear warm-up (Loshchilov & Hutter 2017; Goyal et al. 2017), label
 smoothing (Szegedy et al. 2016), weight decay on convolution and linear weights only, exponential moving average of the
 weights by choice. All random draws of an epoch come from (seed, epoch), so a run resumed in the middle of an epoch
-continues with the same pictures, and on a CPU ends with the same bits as the uninterrupted run.
+continues with the same pictures, and on a CPU ends with the same bits as the uninterrupted run. Nothing in a step waits
+for the device; the sums of an epoch are read once, at its end.
 """
 
 import copy
@@ -22,7 +23,11 @@ from data import Augmentation, Normalization, Split, augment, epoch_draws
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result of a run, given the data and the first weights."""
+    """Everything that decides the result of a run, given the data and the first weights.
+
+    Defaults are those of train.py's flags of the same names. warmup_epochs: may be a fraction. max_minutes: wall clock,
+    0 for no limit.
+    """
 
     epochs: int = 300
     batch_size: int = 128
@@ -49,28 +54,45 @@ class State:
     optimizer: torch.optim.Optimizer
     epoch: int = 0
     step: int = 0  # within the epoch
-    seconds: float = 0.0  # of training, over all parts of the run
+    seconds: float = 0.0  # of training and evaluation, over all parts of the run
+    epoch_seconds: float = 0.0  # of training in this epoch
     sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, correct of this epoch
-    best_accuracy: float = -1.0
+    best_accuracy: float = -1.0  # percent on validation, of the checkpoint saved last
 
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and saved: the average if there is one."""
         return self.average if self.average is not None else self.model
 
 
+NUMBERS = ("epoch", "step", "seconds", "epoch_seconds", "best_accuracy")  # of State, kept when it is saved
+
+
 def start(model: nn.Module, recipe: Recipe, device: torch.device) -> State:
+    """The state before the first step; `model` is moved to the device, in channels_last."""
     model = model.to(device, memory_format=torch.channels_last)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]  # norms and biases
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    optimizer = torch.optim.SGD(
+        groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=device.type == "cuda"
+    )
     average = copy.deepcopy(model).requires_grad_(False).eval() if recipe.ema_decay else None
-    return State(model, average, optimizer, sums=torch.zeros(2, dtype=torch.float64, device=device))
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's MPS has no float64
+    return State(model, average, optimizer, sums=torch.zeros(2, dtype=exact, device=device))
 
 
 def steps_per_epoch(pictures: int, batch_size: int) -> int:
-    """Batches an epoch; the last, smaller one counts."""
-    return math.ceil(pictures / batch_size)
+    """Batches an epoch. Only whole ones: the pictures left over are others in every epoch, for the order is random.
+
+    So every step has the same shape (as CUDA graphs need), and none sees a batch of one picture, which has no variance
+    for batch norm. Fewer pictures than `batch_size` are one batch.
+    """
+    return max(1, pictures // batch_size)
+
+
+def pictures_seen(state: State, pictures: int, recipe: Recipe) -> int:
+    """Pictures trained on in this epoch so far, of the `pictures` there are."""
+    return state.step * min(recipe.batch_size, pictures)
 
 
 def progress(state: State, recipe: Recipe, steps: int) -> float:
@@ -103,23 +125,30 @@ def train_epoch(
     recipe: Recipe,
     normalization: Normalization,
     forward: Callable[[Tensor], Tensor],
-    on_step: Callable[[float, int, int], bool],
-) -> bool:
-    """Trains to the end of the epoch; `train` lies on the device. True if the epoch is complete.
+    on_step: Callable[[], None],
+) -> None:
+    """Trains to the end of the epoch, or of `max_minutes`. `train` lies on the device.
 
-    `on_step(learning rate, side of the pictures, pictures)` is called after every step; when it returns False the
-    epoch stops there, in a state that can be saved and resumed.
+    forward: `state.model` or its compiled form. `on_step()` is called after every step; what it raises ends the epoch
+    there, in a state that can be saved and resumed.
     """
     device = train.images.device
     order, draws = epoch_draws(len(train), recipe.seed, state.epoch, device)
     steps = steps_per_epoch(len(train), recipe.batch_size)
+    pairs = average_pairs(state.average, state.model) if state.average is not None else None
     state.model.train()
-    while state.step < steps:
-        begun = time.perf_counter()
+    clock = time.perf_counter()
+
+    def count_time() -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        state.seconds, state.epoch_seconds = state.seconds + now - clock, state.epoch_seconds + now - clock
+        clock = now
+
+    while not epoch_over(state, recipe, steps):
         done = progress(state, recipe, steps)
-        rate = learning_rate(done, recipe)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+            group["lr"] = learning_rate(done, recipe)
         picks = slice(state.step * recipe.batch_size, (state.step + 1) * recipe.batch_size)
         batch = train[order[picks]]
         x = augment(batch.images, recipe.augmentation, normalization, draws[picks])
@@ -136,33 +165,42 @@ def train_epoch(
         with torch.no_grad():
             state.sums[0] += loss.detach() * len(batch)
             state.sums[1] += (logits.argmax(1) == batch.labels).sum()
-            if state.average is not None:
-                update_average(state.average, state.model, recipe.ema_decay, state.epoch * steps + state.step)
+            if pairs is not None:
+                update_average(pairs, recipe.ema_decay, state.epoch * steps + state.step)
         state.step += 1
-        state.seconds += time.perf_counter() - begun
-        if not on_step(rate, size, len(batch)) and state.step < steps:
-            return False
-        if recipe.max_minutes and progress(state, recipe, steps) >= 1.0:
-            break
-    return True
+        count_time()
+        on_step()
+    state.sums.cpu()  # waits for the device, so that its time counts
+    count_time()
 
 
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of weights and batch statistics; the decay warms up as (1 + step) / (10 + step)."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
+def epoch_over(state: State, recipe: Recipe, steps: int) -> bool:
+    """Whether all steps of the epoch are done, or at least one and with it the run (by `max_minutes`)."""
+    return state.step >= steps or (state.step > 0 and progress(state, recipe, steps) >= 1.0)
+
+
+def average_pairs(average: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(averaged, current) of every weight and statistic of batch norm; the count of batches is left out."""
     mine, theirs = average.state_dict(), model.state_dict()
-    floats = [name for name, tensor in mine.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([mine[n] for n in floats], [theirs[n] for n in floats], weight)
-    for name in mine.keys() - set(floats):
-        mine[name].copy_(theirs[name])
+    return [(mine[name], theirs[name]) for name in mine if mine[name].is_floating_point()]
 
 
-def end_epoch(state: State, pictures: int) -> tuple[float, float]:
-    """(mean loss, accuracy in percent) of the finished epoch; moves the state to the next one."""
-    loss, correct = (state.sums / pictures).tolist()
-    state.sums.zero_()
-    state.epoch, state.step = state.epoch + 1, 0
+def update_average(pairs: list[tuple[Tensor, Tensor]], decay: float, step: int) -> None:
+    """Exponential moving average; the decay of the first steps is (1 + step) / (10 + step)."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], weight)
+
+
+def epoch_means(state: State, pictures: int) -> tuple[float, float]:
+    """(mean loss, accuracy in percent) of the epoch so far, over `pictures`; waits for the device."""
+    loss, correct = (state.sums.cpu() / max(1, pictures)).tolist()
     return loss, 100 * correct
+
+
+def next_epoch(state: State) -> None:
+    """Moves the state to the first step of the next epoch."""
+    state.sums.zero_()
+    state.epoch, state.step, state.epoch_seconds = state.epoch + 1, 0, 0.0
 
 
 def to_dict(state: State) -> dict[str, Any]:
@@ -171,8 +209,8 @@ def to_dict(state: State) -> dict[str, Any]:
         "model": state.model.state_dict(),
         "average": state.average.state_dict() if state.average is not None else None,
         "optimizer": state.optimizer.state_dict(),
-        "numbers": {n: getattr(state, n) for n in ("epoch", "step", "seconds", "best_accuracy")},
-        "sums": state.sums,
+        "numbers": {name: getattr(state, name) for name in NUMBERS},
+        "sums": state.sums.cpu(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state() if state.sums.is_cuda else None,
     }

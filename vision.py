@@ -7,13 +7,15 @@ their schemas is enough. With a torch and a torchvision that match, the operator
 declared.
 """
 
+import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
-SCHEMAS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
+SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 
 
 def import_torchvision(module: str = "torchvision") -> ModuleType:
@@ -23,13 +25,15 @@ def import_torchvision(module: str = "torchvision") -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-    import torch
-
-    for schema in SCHEMAS.values():
-        # The library object must live as long as the process; a dropped one takes its declarations back.
-        _KEEP.append(torch.library.Library("torchvision", "FRAGMENT"))
-        _KEEP[-1].define(schema)
+    declare_operators()
     return importlib.import_module(module)
 
 
-_KEEP: list = []
+@functools.cache  # a library object that is dropped takes its declarations back; the cache keeps it
+def declare_operators() -> Any:
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in SCHEMAS:
+        library.define(schema)
+    return library

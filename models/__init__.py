@@ -1,5 +1,5 @@
 """The networks. `models.mobilenetv2_cifar` holds the one there is: MobileNetV2 for 32x32 pictures."""
 
-from models.mobilenetv2_cifar import Architecture, MobileNetV2, multiply_adds
+from models.mobilenetv2_cifar import Architecture, MobileNetV2, multiply_adds, skeleton
 
-__all__ = ["Architecture", "MobileNetV2", "multiply_adds"]
+__all__ = ["Architecture", "MobileNetV2", "multiply_adds", "skeleton"]

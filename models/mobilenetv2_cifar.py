@@ -83,11 +83,19 @@ class MobileNetV2(nn.Module):
 
 def init_weights(module: nn.Module) -> None:
     """He's normal initialisation by fan-out for convolutions; a small normal for the classifier (as torchvision)."""
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return  # nothing to fill; and torch's normal_ on the meta device first imports its compiler, for seconds
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, 0, 0.01)
         nn.init.zeros_(module.bias)
+
+
+def skeleton(architecture: Architecture) -> MobileNetV2:
+    """The network on the meta device: names, shapes and strides of its parameters, no memory, no random draws."""
+    with torch.device("meta"):
+        return MobileNetV2(architecture)
 
 
 def multiply_adds(model: nn.Module, size: int = 32) -> int:

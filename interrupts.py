@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next good place, instead of an end in the middle of something."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """A signal of this number came, and the work stopped at a place from which it can go on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_caught() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM add their number to, instead of ending the program; a second Ctrl-C ends it."""
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
+        yield received
+        return
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

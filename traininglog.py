@@ -1,0 +1,59 @@
+"""training_log.txt: one line an epoch, and before each run's lines its command line and the names of the columns."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from errors import UserError
+from evaluation import Score
+from files import write_bytes
+
+COLUMNS = "epoch lr train_loss train_acc val_loss val_acc test_loss test_acc images_per_second"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line. Losses are in nats, accuracies in percent; val and test are None where they were not evaluated."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_acc: float
+    val: Score | None
+    test: Score | None
+    images_per_second: float
+
+    def line(self) -> str:
+        cells = [f"{self.epoch}", f"{self.lr:.5f}", f"{self.train_loss:.4f}", f"{self.train_acc:.2f}"]
+        for part in (self.val, self.test):
+            cells += [f"{part.loss:.4f}", f"{part.accuracy:.2f}"] if part else ["-", "-"]
+        return " ".join([*cells, f"{self.images_per_second:.0f}"])
+
+
+@contextlib.contextmanager
+def open_log(path: Path, command: str, epoch: int) -> Iterator[TextIO]:
+    """The log, open to append: a new part for a new run; for one resumed after `epoch` > 0 its own part, cut there.
+
+    (A process killed between writing its line and saving its state does that epoch again.)
+    """
+    title = f"# {command}"
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if epoch and title in lines:
+            start = len(lines) - lines[::-1].index(title)
+            lines = lines[:start] + [line for line in lines[start:] if not is_after(line, epoch)]
+        else:
+            lines += [title, COLUMNS]
+        write_bytes(path, ("\n".join(lines) + "\n").encode())
+        file = open(path, "a")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot use the log {path} ({error}); choose another --log-file") from None
+    with file:
+        yield file
+
+
+def is_after(line: str, epoch: int) -> bool:
+    number = line.partition(" ")[0]
+    return number.isdigit() and int(number) > epoch
