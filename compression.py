@@ -11,6 +11,8 @@ manifest is one JSON document in the header:
     floats       float32  weight, then bias, of every layer that stays in FP32
     grids        uint8    4 bytes a value: bits (0: FP32), zero-point, scale (float16, little-endian)
 
+With entropy coding, scales, zero_points and biases are deflated (zlib; then uint8) where that makes them smaller.
+
 The manifest carries a SHA-256 of the whole file (its own 64 digits read as zeros), so a file that was cut, edited or
 damaged anywhere is refused before anything in it is used; lengths and ranges are checked after that.
 """
@@ -21,6 +23,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ VERSION = 1
 MARK = b'{\\"sha256\\":\\"'  # the manifest begins with its digest; quotes are escaped, for it is JSON within JSON
 BLANK = b"0" * 64
 MOST_HEADER_BYTES, MOST_BYTES = 2**20, 2**31  # beyond these it is no file of ours, and is not read
+DEFLATED = {"scales": torch.float16, "zero_points": torch.uint8, "biases": torch.float16}  # what may be, and is then
+MOST_INFLATED_BYTES = 2**24
 
 
 # ------------------------------------------------------------------------------------------------------- packing bits
@@ -92,7 +97,8 @@ class LayerSize:
 
     code_bytes: the codes as they lie in the file, packed or entropy-coded; then it is what the stream grew by while the
     layer was coded, a little more or less than its own information, for the lanes hold back up to 2 bytes each.
-    float_bytes: the bias (float16, or float32 where the weight is), and the FP32 weight.
+    float_bytes: the bias (float16, or float32 where the weight is), and the FP32 weight. What was deflated for all
+    layers together is shared out in proportion.
     """
 
     name: str
@@ -203,7 +209,20 @@ def report(packed: "Packed") -> SizeReport:
     header = packed.total_bytes - sum(size.values())
     with torch.device("meta"):
         trained = fp32_state_bytes(MobileNetV2(network.architecture).state_dict())
+    for name, field in {"scales": "scale_bytes", "zero_points": "zero_point_bytes", "biases": "float_bytes"}.items():
+        if name in packed.deflated:
+            rows = shared_out(rows, field, size[name])
     return SizeReport(rows, size.get("grids", 0), tables, header, trained, *activation_sizes(network))
+
+
+def shared_out(rows: Sequence[LayerSize], field: str, total: int) -> tuple[LayerSize, ...]:
+    """The rows with `total` bytes shared out over that field of the quantized layers, each in its proportion."""
+    before = [getattr(row, field) if row.bits != 32 else 0 for row in rows]
+    ends = [0, *(total * part // sum(before) for part in accumulate(before))]
+    return tuple(
+        row if row.bits == 32 else replace(row, **{field: end - start})
+        for row, (start, end) in zip(rows, pairwise(ends), strict=True)
+    )
 
 
 def layer_size(op: Op, layer: Layer, plan: "Plan") -> LayerSize:
@@ -233,11 +252,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Packed:
-    """All there is in a packed file. plans: one a layer with weights, in order; total_bytes: the file's size."""
+    """All there is in a packed file. plans: one a layer with weights, in order; deflated: names of blobs; total_bytes:
+    the file's size."""
 
     network: QuantizedNetwork
     plans: tuple[Plan, ...]
     blobs: Mapping[str, Tensor]
+    deflated: tuple[str, ...]
     info: dict[str, Any]
     total_bytes: int
 
@@ -254,14 +275,15 @@ def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], 
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file to write the packed model to")
     choices = [to_blobs(network, coded) for coded in {False, entropy}]
-    files = [(plans, blobs, serialise(manifest(network, plans, info), blobs)) for plans, blobs in choices]
-    plans, blobs, unsigned = min(files, key=lambda file: len(file[2]))  # a tiny network may not pay for the tables
-    content = sign(unsigned)
+    contents = [serialise(manifest(network, plans, deflated, info), blobs) for plans, deflated, blobs in choices]
+    content = min(contents, key=len)  # a tiny network may not pay for the tables
+    plans, deflated, blobs = choices[contents.index(content)]
+    content = sign(content)
     try:
         write_bytes(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another place with room for it") from None
-    sizes = report(Packed(network, plans, blobs, dict(info), len(content)))
+    sizes = report(Packed(network, plans, blobs, deflated, dict(info), len(content)))
     assert sizes.total_bytes == path.stat().st_size, "the report misses bytes of the file"
     return sizes
 
@@ -286,8 +308,8 @@ def centred(codes: Tensor, grid: Grid, direction: int) -> Tensor:
     return ((codes.int() + direction * zero_points) & grid.highest).to(torch.uint8)
 
 
-def to_blobs(network: QuantizedNetwork, entropy: bool) -> tuple[tuple[Plan, ...], dict[str, Tensor]]:
-    """The plans, and the blobs that are not empty."""
+def to_blobs(network: QuantizedNetwork, entropy: bool) -> tuple[tuple[Plan, ...], tuple[str, ...], dict[str, Tensor]]:
+    """The plans, the names of the deflated blobs, and the blobs that are not empty."""
     parts: dict[str, list[Tensor]] = {name: [] for name in ("codes", "scales", "zero_points", "biases", "floats")}
     plans: list[Plan] = []
     to_code: dict[int, tuple[np.ndarray, int]] = {}
@@ -310,6 +332,9 @@ def to_blobs(network: QuantizedNetwork, entropy: bool) -> tuple[tuple[Plan, ...]
         if not middle:
             parts["zero_points"].append(pack_bits(zero_codes(grid), grid.bits))
     blobs = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+    smaller = {name: deflated_blob(blobs[name]) for name in DEFLATED if entropy and name in blobs}
+    smaller = {name: blob for name, blob in smaller.items() if len(blob) < blobs[name].nbytes}
+    blobs |= smaller
     if to_code:
         result = entropy_coder.encode(list(to_code.values()))
         for i, length in zip(to_code, result.lengths, strict=True):
@@ -319,7 +344,16 @@ def to_blobs(network: QuantizedNetwork, entropy: bool) -> tuple[tuple[Plan, ...]
         if surplus := set(network.activations) - {op.name for op in network.ops}:
             raise ValueError(f"activation grids of values that are not there: {sorted(surplus)}")
         blobs["grids"] = as_bytes(b"".join(pack_grid(network.activations.get(op.name)) for op in network.ops))
-    return tuple(plans), blobs
+    return tuple(plans), tuple(smaller), blobs
+
+
+def deflated_blob(blob: Tensor) -> Tensor:
+    return as_bytes(entropy_coder.deflate(blob.numpy().tobytes(), blob.element_size()))
+
+
+def inflated_blob(blob: Tensor, dtype: torch.dtype) -> Tensor:
+    content = entropy_coder.inflate(blob.numpy().tobytes(), dtype.itemsize, MOST_INFLATED_BYTES)
+    return torch.frombuffer(bytearray(content), dtype=dtype)
 
 
 def exact_half(x: Tensor, what: str) -> Tensor:
@@ -366,8 +400,10 @@ def as_bytes(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def manifest(network: QuantizedNetwork, plans: Sequence[Plan], info: Mapping[str, Any]) -> dict[str, Any]:
-    """bits, per_channel, middle: one digit a layer. coded: present where the entropy coder was used."""
+def manifest(
+    network: QuantizedNetwork, plans: Sequence[Plan], deflated: Sequence[str], info: Mapping[str, Any]
+) -> dict[str, Any]:
+    """bits, per_channel, middle: one digit a layer. coded, deflated: present where there is something to say."""
     digits = {key: "".join(str(int(getattr(p, key))) for p in plans) for key in ("bits", "per_channel", "middle")}
     coded = [plan.coded for plan in plans]
     return {
@@ -378,6 +414,7 @@ def manifest(network: QuantizedNetwork, plans: Sequence[Plan], info: Mapping[str
         "normalization": asdict(network.normalization),
         **digits,
         **({} if all(length is None for length in coded) else {"coder": "rans", "coded": coded}),
+        **({"deflated": deflated} if deflated else {}),
         "info": dict(info),
     }
 
@@ -428,9 +465,10 @@ def read(path: Path) -> Packed:
         document = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["packed"])
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"format {document['format']}, version {document['version']}")
-        blobs = load(content)
-        plans = read_plans(document)
-        return Packed(from_blobs(document, plans, blobs), plans, blobs, dict(document["info"]), len(content))
+        blobs, plans, deflated = load(content), read_plans(document), tuple(document.get("deflated", ()))
+        plain = {**blobs, **{name: inflated_blob(blobs[name], DEFLATED[name]) for name in deflated}}
+        network = from_blobs(document, plans, plain)
+        return Packed(network, plans, blobs, deflated, dict(document["info"]), len(content))
     except Exception as error:  # of many kinds with one meaning: the digest fits, but this program did not write it
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is not a packed model that this version can read ({reason})") from None

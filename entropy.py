@@ -6,7 +6,8 @@ x' = (x // f) * 2^14 + x % f + c, after the low 16 bits of x went to the stream 
 undoes this from the other end, 256 lanes in each numpy operation, so Python is fast enough (0.1 s for 2.2 M codes).
 
 One table of frequencies a layer (order 0). Richer models (the channel's or the column's running magnitude as context)
-gained less than 0.5 % on trained weights; general compressors (zlib, bz2, lzma, zstd) lose 4 to 20 % against this one.
+gained less than 0.5 % on trained weights. Of general compressors zstd (level 19) comes nearest on the same codes, with
+1.6 % more bytes at 4 bits, 3 % at 3 and 14 % at 2; zlib, bz2 and lzma take more.
 """
 
 import zlib
@@ -66,22 +67,32 @@ def encode(layers: Sequence[tuple[np.ndarray, int]]) -> Coded:
         lengths.append(2 * words)
     stream = b"".join([states.astype("<u4").tobytes(), *(chunk.tobytes() for chunk in reversed(chunks))])
     flat = np.concatenate(tables).astype("<u2") if tables else np.empty(0, "<u2")
-    planes = flat.view(np.uint8).reshape(-1, 2).T.tobytes()  # low bytes, then high bytes: deflates better
-    return Coded(stream, zlib.compress(planes, 9), tuple(reversed(lengths)))
+    return Coded(stream, deflate(flat.tobytes(), 2), tuple(reversed(lengths)))
+
+
+def deflate(content: bytes, width: int) -> bytes:
+    """zlib over the first bytes of all numbers of `width` bytes, then the second ones: high bytes are much alike."""
+    return zlib.compress(np.frombuffer(content, np.uint8).reshape(-1, width).T.tobytes(), 9)
+
+
+def inflate(content: bytes, width: int, most: int) -> bytes:
+    """The inverse of `deflate`; ValueError where it is damaged or makes more than `most` bytes."""
+    stream = zlib.decompressobj()
+    try:
+        planes = stream.decompress(content, most + 1)
+    except zlib.error as error:
+        raise ValueError(f"deflated numbers or frequency tables: {error}") from None
+    if len(planes) > most or len(planes) % width or not stream.eof or stream.unused_data:
+        raise ValueError("deflated numbers or frequency tables of another length")
+    return np.frombuffer(planes, np.uint8).reshape(width, -1).T.tobytes()
 
 
 def decode(stream: bytes, tables: bytes, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     """The symbols of every layer; sizes: (n, bits) each. ValueError where the bytes are not what `encode` made."""
     entries = sum(1 << bits for _, bits in sizes)
-    inflate = zlib.decompressobj()
-    try:
-        planes = inflate.decompress(tables, 2 * entries + 1)
-    except zlib.error as error:
-        raise ValueError(f"frequency tables: {error}") from None
-    if len(planes) != 2 * entries or not inflate.eof or inflate.unused_data:
+    flat = np.frombuffer(inflate(tables, 2, 2 * entries), "<u2").astype(np.int64)
+    if len(flat) != entries:
         raise ValueError("frequency tables of another length")
-    flat = np.frombuffer(planes, np.uint8).reshape(2, -1).astype(np.int64)
-    flat = flat[0] + (flat[1] << 8)
     if len(stream) < 4 * LANES or len(stream) % 2:
         raise ValueError("stream of another length")
     states = np.frombuffer(stream, "<u4", LANES).astype(np.int64)

@@ -378,6 +378,8 @@ LIES = {
     "grids cut": lambda d, b: b.update(grids=b["grids"][:-4].clone()),
     "grids of 200 bits": lambda d, b: b.update(grids=torch.full_like(b["grids"], 200)),
     "surplus": lambda d, b: b.update(more=torch.zeros(3)),
+    "deflated": lambda d, b: d.update(deflated=["grids"]),
+    "deflated or not": lambda d, b: d.pop("deflated", None) or d.update(deflated=["scales"]),
     "no floats": lambda d, b: b.pop("floats"),
 }
 
