@@ -1,9 +1,10 @@
 """The sweep page's figures: rows in, plotly figures out, as plain JSON-able dicts. Pure functions.
 
-A row is one finished run: {"name", "params": {...}, "values": {numeric summary keys}}. They work for any sweep; the
-names of this project's quantization sweep are only preferred where there is a choice.
+A row is one finished run: {"name", "params": {...}, "values": {numeric summary keys}, "config": {...}}. They work for
+any sweep. A sweep of bit widths gets this project's own figures from report.py, the ones that the notebook shows.
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +14,38 @@ ROWS = ("weight_quant_bits", "weight_bits")
 COLUMNS = ("activation_quant_bits", "activation_bits", "act_bits")
 SCALE = [[0.0, "#3b2f8f"], [0.35, "#2f7f9e"], [0.7, "#4fbf8b"], [1.0, "#f5dd4b"]]
 ACCENT, MUTED, REFERENCE = "#5b6cff", "#9aa3b2", "#e0645c"
+
+
+def draw(rows: Sequence[dict], metric: str | None, goal: str) -> dict[str, dict | None]:
+    """The three figures of a sweep, each None where the rows have too little for it."""
+    if not metric:
+        return {"parallel": None, "pareto": None, "heatmap": None}
+    own = {"parallel": parallel(rows, metric, goal), "pareto": pareto(rows, metric, goal),
+           "heatmap": heatmap(rows, metric, goal)}
+    return {**own, **reported(rows)} if metric == "test_acc_quantized" and size_key(rows) == "model_size_mb" else own
+
+
+def reported(rows: Sequence[dict]) -> dict[str, dict]:
+    """report.py's figures of a sweep of bit widths; {} where it cannot be had or the rows are not of its kind."""
+    if not all(any(name in row["config"] for name in ROWS + COLUMNS) for row in rows):
+        return {}
+    try:
+        import report
+    except ImportError:  # the server alone, without the rest of the project
+        return {}
+    frame = report.to_frame([{**row["config"], **row["values"]} for row in rows])
+    if frame.empty:
+        return {}
+    drawn = {"parallel": report.parallel_coordinates_figure(frame), "pareto": report.pareto_figure(frame),
+             "heatmap": report.heatmap_figure(frame)}
+    figures = {name: json.loads(figure.to_json()) for name, figure in drawn.items()}
+    for name, figure in figures.items():  # the card has the title; the figure, less to say
+        figure["layout"].pop("title", None)
+        figure["layout"].pop("template", None)
+        margin = {"l": 60, "r": 30, "t": 70, "b": 24} if name == "parallel" else {"l": 60, "r": 20, "t": 30, "b": 50}
+        figure["layout"].update(height=430 if name == "parallel" else 420, margin=margin)
+    figures["pareto"]["layout"]["legend"] = {"orientation": "h", "y": -0.2}
+    return figures
 
 
 def parallel(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict | None:

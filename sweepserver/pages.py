@@ -88,14 +88,11 @@ class Pages:
     def _sweep_data(self, project, sweep) -> dict:
         view = self._sweep_view(project, sweep)
         metric, goal = view["metric"], view["goal"]
-        rows = [{"name": run["name"], "params": run["params"], "values": {
+        rows = [{"name": run["name"], "params": run["params"], "config": self.runs.config(run["row"]), "values": {
             key: value for key, value in run["summary"].items() if figures.number(value)}}
             for run in view["runs"] if run["state"] == "finished"]
-        drawn = {} if not metric else {"parallel": figures.parallel(rows, metric, goal),
-                                       "pareto": figures.pareto(rows, metric, goal),
-                                       "heatmap": figures.heatmap(rows, metric, goal)}
         live = sweep["state"] in ("PENDING", "RUNNING", "PAUSED") or any(r["state"] in LIVE for r in view["runs"])
-        return {"live": live, "figures": drawn, "parts": {
+        return {"live": live, "figures": figures.draw(rows, metric, goal), "parts": {
             "status": self._render("_sweep_status.html", **view), "runs": self._render("_sweep_runs.html", **view)}}
 
     def _sweep_view(self, project, sweep) -> dict:

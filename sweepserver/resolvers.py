@@ -146,6 +146,13 @@ class Nodes:
             rows = runs.rows(run, "events")
             return json.dumps(s.clean({k: v for k, v in rows[-1].items() if k.startswith("system.")} if rows else {}))
 
+        def own_config(keys=None, **_):  # a resume takes a run without it for one that never began
+            entry = s.parsed(run["config"], {}).get("_wandb")
+            values = entry.get("value") if isinstance(entry, dict) else None
+            if not isinstance(values, dict):
+                return None
+            return json.dumps(s.clean({k: v for k, v in values.items() if not keys or k in keys}))
+
         def lines(stream):
             return lambda samples=None, minStep=None, maxStep=None, **_: runs.history(run, stream, samples, minStep,
                                                                                       maxStep)
@@ -166,7 +173,7 @@ class Nodes:
             "failed": run["state"] in ("failed", "crashed"), "running": run["state"] in LIVE,
             "config": lambda **_: s.clean_text(run["config"]),
             "summaryMetrics": lambda **_: s.clean_text(run["summary"]),
-            "systemMetrics": system, "wandbConfig": lambda **_: s.clean_text(run["config"]),
+            "systemMetrics": system, "wandbConfig": own_config,
             "historyLineCount": lambda **_: runs.count(run, "history"),
             "eventsLineCount": lambda **_: runs.count(run, "events"),
             "logLineCount": lambda **_: runs.count(run, "log"),

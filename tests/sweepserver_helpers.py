@@ -27,7 +27,8 @@ def environment(server, folder: Path, **extra: str) -> dict[str, str]:
     places = {name: str(folder / "client") for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR",
                                                        "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")}
     (folder / "client").mkdir(parents=True, exist_ok=True)
-    return {**own, **places, **server.env, "WANDB_ERROR_REPORTING": "false", "WANDB_DIR": str(folder),
+    path = f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}"  # the agent's ${interpreter} is `python`
+    return {**own, **places, **server.env, "PATH": path, "WANDB_ERROR_REPORTING": "false", "WANDB_DIR": str(folder),
             "WANDB_AGENT_DISABLE_FLAPPING": "true", "WANDB__DISABLE_STATS": "true", **extra}
 
 

@@ -10,9 +10,10 @@ function css(name) {
 }
 
 function draw(element, figure) {
-  const text = JSON.stringify(figure) + css("--text");
+  const text = JSON.stringify(figure).replaceAll("#222222", css("--text")); // black on white, as drawn for paper
   if (drawn[element.dataset.figure || element.dataset.curve] === text) return; // unchanged: keep zoom and selection
   drawn[element.dataset.figure || element.dataset.curve] = text;
+  figure = JSON.parse(text);
   const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
   const layout = Object.assign({}, figure.layout, {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
