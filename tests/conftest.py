@@ -1,0 +1,57 @@
+"""What the tests share: one thread (small networks are faster so), and small data sets made on the spot."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the programs that tests start
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_network_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests never download: weights and archives are where the test puts them, or nowhere."""
+    monkeypatch.setenv("TORCH_HOME", "/nonexistent")
+
+
+def write_pictures(root: Path, classes: int = 3, train: int = 16, test: int = 4, size: int = 32) -> dict[str, np.ndarray]:
+    """PNGs in root/train/<class>/ and root/test/<class>/, class i brighter than class i-1; returns path → pixels."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    pixels = {}
+    for part, count in (("train", train), ("test", test)):
+        for label in range(classes):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                array = random.integers(60 * label, 60 * label + 100, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(array).save(folder / f"{i:03}.png")
+                pixels[f"{part}/class{label}/{i:03}.png"] = array
+    return pixels
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder data set: 3 classes, 48 training and 12 test pictures of 32x32."""
+    root = tmp_path_factory.mktemp("pictures")
+    write_pictures(root)
+    return root
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Runs the `main` of a command line in this process: (exit code, stdout, stderr)."""
+    import errors
+
+    def run(module, *argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            errors.run_main(module.main)
+        return stop.value.code, *capsys.readouterr()
+
+    return run

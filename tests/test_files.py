@@ -1,0 +1,97 @@
+"""Atomic writes: whole or not there, also under SIGKILL."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import files
+from errors import UserError
+from files import check_writable, write_atomically, write_bytes
+
+ROOT = Path(__file__).parent.parent
+WRITER = """
+import sys
+from files import write_bytes
+from pathlib import Path
+for i in range(10**9):
+    write_bytes(Path(sys.argv[1]), bytes([i % 251]) * 3_000_000)
+"""
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    write_bytes(path, b"one")
+    write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["a.bin"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~files.current_umask()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+
+    def broken(temporary):
+        temporary.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(error):
+        write_atomically(path, broken)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "a.bin"
+    moments = random.Random(0)
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=ROOT)
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(0.1 * moments.random() + 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        content = path.read_bytes()
+        assert len(content) == 3_000_000 and content == content[:1] * len(content)
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.bin", tmp_path):
+        with pytest.raises(UserError, match="cannot write"):
+            check_writable(path)
+    with pytest.raises(UserError, match="cannot write"):
+        write_bytes(tmp_path / "file" / "a.bin", b"")
+    check_writable(tmp_path / "new.bin")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            write_bytes(path, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_what_a_killed_writer_left_is_removed_once_it_is_old(tmp_path):
+    path = tmp_path / "a.bin"
+    old, new = (files.new_temporary(path) for _ in range(2))
+    os.utime(old, (0, 0))
+    check_writable(path)
+    assert os.listdir(tmp_path) == [Path(new).name]
