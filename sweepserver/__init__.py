@@ -33,12 +33,17 @@ class Running:
 def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) -> Running:
     """Starts `python -m sweepserver` on `folder` and waits until it answers. The caller ends `process`.
 
+    What it says goes to `server.log` in the folder.
+
     Raises RuntimeError with the server's own words where it does not come up.
     """
     command = [sys.executable, "-m", "sweepserver", "--data-dir", str(folder), "--port", str(port), *flags]
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": path})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    log = Path(folder) / "server.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out,
+                                   env={**os.environ, "PYTHONPATH": path})
     end = time.monotonic() + wait
     while time.monotonic() < end and process.poll() is None:
         ready = read_ready(folder)
@@ -47,7 +52,7 @@ def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) -
         time.sleep(0.05)
     if process.poll() is None:
         process.kill()
-    raise RuntimeError(f"sweepserver did not start: {process.communicate()[1].strip()}")
+    raise RuntimeError(f"sweepserver did not start: {log.read_text().strip()}")
 
 
 @contextlib.contextmanager
@@ -58,9 +63,11 @@ def start(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) ->
         yield server
     finally:
         server.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.process.communicate(timeout=10)
-        server.process.kill()
+        try:
+            server.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.process.kill()
+            server.process.wait()
 
 
 def read_ready(folder: str | Path) -> dict | None:

@@ -54,7 +54,8 @@ class Nodes:
 
     def type_(self, name=None, **_) -> dict:
         """Introspection as 0.19 and 0.22 use it: which fields there are. Null would break their Api."""
-        fields = {"Run": ["projectId", "summaryMetrics", "config"], "Project": ["internalId", "name"],
+        fields = {"Artifact": ["aliases", "tags", "ttlDurationSeconds", "ttlIsInherited", "historyStep"],
+                  "Run": ["projectId", "summaryMetrics", "config"], "Project": ["internalId", "name"],
                   "DeleteFilesInput": ["files", "projectId"]}.get(name, [])
         named = [{"name": field, "args": []} for field in fields]
         return {"name": name, "fields": named, "inputFields": named, "enumValues": []}

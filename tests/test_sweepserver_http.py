@@ -234,7 +234,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path):
     direct.begin(command["run_id"], sweep)
     direct.stream(command["run_id"], files={"output.log": {"offset": 0, "content": ["a line"]}})
     os.kill(server.pid, signal.SIGKILL)
-    server.process.communicate()
+    server.process.wait()
     time.sleep(2)  # longer than --agent-timeout: nobody could be heard, so nobody is lost
     port = int(server.url.rsplit(":", 1)[1])
     with sweepserver.start(tmp_path, *FLAGS, port=port) as again:
