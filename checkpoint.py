@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import warnings
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,9 @@ def read_tensors(path: Path, advice: str = "give one that train.py wrote") -> tu
                 state, header = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
                 header = header.get("checkpoint")
         else:
-            content = dict(torch.load(path, map_location="cpu", weights_only=True))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch comments on foreign files; the error below says enough
+                content = dict(torch.load(path, map_location="cpu", weights_only=True))
             ours = content.keys() == {"checkpoint", "state"}
             state, header = (dict(content["state"]), content["checkpoint"]) if ours else (content, None)
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):

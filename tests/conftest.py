@@ -13,12 +13,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def no_network_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests never download: weights and archives are where the test puts them, or nowhere."""
+def no_weights_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretrained weights are where a test puts them, or nowhere."""
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
 
 
-def write_pictures(root: Path, classes: int = 3, train: int = 16, test: int = 4, size: int = 32) -> dict[str, np.ndarray]:
+def write_pictures(
+    root: Path, classes: int = 3, train: int = 16, test: int = 4, size: int = 32
+) -> dict[str, np.ndarray]:
     """PNGs in root/train/<class>/ and root/test/<class>/, class i brighter than class i-1; returns path → pixels."""
     from PIL import Image
 
