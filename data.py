@@ -33,6 +33,7 @@ from files import write_atomically
 from vision import import_torchvision
 
 DATASETS = ("cifar10", "cifar100", "folder", "digits")
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 SIZE = 32
 CACHE_VERSION = "1"
 

@@ -1,0 +1,214 @@
+"""Post-training quantization of a whole network: observe activations, choose grids, round the layers in order.
+
+`quantize_network` takes FP32 `Network`, training pictures and a `Plan`, and returns a `QuantizedNetwork`. The plain
+method (min-max weights rounded to nearest) needs one look at the activations. The others walk the network once with two
+streams, FP32 values and quantized values, so that each layer is rounded for the inputs that it will really see.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+import rounding
+from network import Network, Op, apply_float, walk
+from quantization import (
+    Grid,
+    Layer,
+    Observation,
+    QuantizedNetwork,
+    activation_grid,
+    fake_quantize,
+    float_network,
+    quantize_layer,
+    weight_grid,
+)
+
+CHUNK = 128  # pictures handled at once; bounds the memory of calibration
+POSITIONS = 2**18  # places of a layer's output that its least squares use; more cost time and change nothing
+# Shrunken weight ranges that coordinate descent tries besides the whole one, by bits.
+SHARES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.9, 0.8, 0.7, 0.6), 4: (0.9, 0.8)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to quantize. Bits None: FP32. edge_bits: at least so many for the first and last layer's weights and the
+    classifier's input. layer_bits, value_bits: exceptions by name of a layer, of a value (mixed precision)."""
+
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    per_channel: bool = True
+    symmetric: bool = False
+    weight_range: str = "minmax"
+    act_range: str = "mse"
+    percentile: float = 99.99
+    rounding: str = "nearest"
+    bias_correction: bool = False
+    edge_bits: int | None = None
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
+    value_bits: Mapping[str, int] = field(default_factory=dict)
+
+    def bits_of_layer(self, op: Op, ops: Sequence[Op]) -> int | None:
+        return self._bits(self.weight_bits, op.name, self.layer_bits, op in (ops[0], ops[-1]))
+
+    def bits_of_value(self, op: Op, ops: Sequence[Op]) -> int | None:
+        """The logits stay FP32."""
+        if op == ops[-1]:
+            return None
+        return self._bits(self.activation_bits, op.name, self.value_bits, op.name in ops[-1].inputs)
+
+    def _bits(self, bits: int | None, name: str, exceptions: Mapping[str, int], edge: bool) -> int | None:
+        if bits is None or name in exceptions:
+            return exceptions.get(name) if bits is not None else None
+        return max(bits, self.edge_bits) if edge and self.edge_bits else bits
+
+
+METHODS = ("plain", "nearest", "gptq", "cd")
+
+
+def method_plan(
+    method: str, weight_bits: int | None, activation_bits: int | None, per_channel: bool = True
+) -> tuple[Plan, str]:
+    """(plan, name of the method). auto: what won on validation at these bits (benchmarks/methods.py).
+
+    plain: what a first textbook would do: min-max weights rounded to nearest, min-max activations, nothing corrected.
+    """
+    plan = Plan(weight_bits, activation_bits, per_channel)
+    if method == "plain":
+        return replace(plan, act_range="minmax"), method
+    if method == "auto":
+        method = "cd"
+        plan = replace(plan, bias_correction=True, edge_bits=8)
+    return replace(plan, rounding=method), method
+
+
+@torch.inference_mode()
+def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0) -> dict[str, Observation]:
+    """What each value takes on over `images` (uint8 [N, 3, H, W]); about `sample` numbers of each are kept."""
+    generator = torch.Generator().manual_seed(seed)
+    lows: dict[str, float] = {}
+    highs: dict[str, float] = {}
+    kept: dict[str, list[Tensor]] = {}
+    per_chunk = max(1, sample * CHUNK // max(len(images), CHUNK))
+
+    def do(op: Op, inputs: list[Tensor]) -> Tensor:
+        y = apply_float(op, inputs, network.weights.get(op.name), network.biases.get(op.name))
+        flat = y.permute(0, 2, 3, 1).reshape(-1) if y.ndim == 4 else y.reshape(-1)
+        low, high = (float(v) for v in flat.aminmax())
+        lows[op.name], highs[op.name] = min(low, lows.get(op.name, low)), max(high, highs.get(op.name, high))
+        picks = torch.randint(len(flat), (min(per_chunk, len(flat)),), generator=generator)
+        kept.setdefault(op.name, []).append(flat[picks])
+        return y
+
+    for start in range(0, len(images), CHUNK):
+        walk(network.ops, network.normalization(images[start : start + CHUNK]), do)
+    return {name: Observation(lows[name], highs[name], torch.cat(kept[name])) for name in lows}
+
+
+def activation_grids(network: Network, seen: Mapping[str, Observation], plan: Plan) -> dict[str, Grid]:
+    """One grid for every value but the picture (8-bit pixels) and the logits; empty where activations stay FP32."""
+    grids = {}
+    for op in network.ops:
+        bits = plan.bits_of_value(op, network.ops)
+        if bits is not None:
+            grids[op.name] = activation_grid(seen[op.name], bits, op.unsigned, plan.act_range, plan.percentile)
+    return grids
+
+
+def plain_layer(network: Network, op: Op, plan: Plan) -> Layer:
+    """The layer rounded to nearest on the grid the plan asks for."""
+    bits = plan.bits_of_layer(op, network.ops)
+    weight, bias = network.weights[op.name], network.biases[op.name]
+    if bits is None:
+        return quantize_layer(weight, bias, None)
+    return quantize_layer(weight, bias, weight_grid(weight, bits, plan.per_channel, plan.symmetric, plan.weight_range))
+
+
+def quantize_network(
+    network: Network,
+    images: Tensor,
+    plan: Plan,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> QuantizedNetwork:
+    """The quantized network; `images`: uint8 [N, 3, H, W], training pictures. `on_layer(name)` tells progress."""
+    grids = activation_grids(network, observe(network, images), plan) if plan.activation_bits else {}
+    quantized = replace(
+        float_network(network),
+        layers={op.name: plain_layer(network, op, plan) for op in network.weighted},
+        activations=grids,
+    )
+    if plan.weight_bits and (plan.rounding != "nearest" or plan.bias_correction):
+        layers = round_layers(network, quantized, images, plan, on_layer)
+        quantized = replace(quantized, layers=layers)
+    return quantized
+
+
+@dataclass(frozen=True)
+class Streams:
+    """One value over all calibration pictures, in chunks: as the FP32 network has it, and as the quantized one has."""
+
+    exact: list[Tensor]
+    quantized: list[Tensor]
+
+
+@torch.inference_mode()
+def round_layers(
+    network: Network,
+    start: QuantizedNetwork,
+    images: Tensor,
+    plan: Plan,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> dict[str, Layer]:
+    """Every layer rounded by `plan.rounding`, in order, for the quantized inputs it will see and its FP32 results."""
+    layers = dict(start.layers)
+
+    def do(op: Op, inputs: list[Streams]) -> Streams:
+        linear = replace(op, relu6=False)
+        weight, bias = network.weights.get(op.name), network.biases.get(op.name)
+        results, sums = [], None
+        for i in range(len(inputs[0].exact)):
+            y = apply_float(linear, [s.exact[i] for s in inputs], weight, None)
+            if op.has_weight:
+                take = share_of_pictures(op, y, len(images))
+                part = rounding.moments(op, inputs[0].quantized[i][:take], y[:take], tuple(weight.shape[2:]))
+                sums = part if sums is None else sums + part
+                y = y + bias.view(-1, *(1,) * (y.ndim - 2))
+            results.append(y.clamp_(0, 6) if op.relu6 else y)
+        if op.has_weight:
+            layers[op.name] = round_layer(op, layers[op.name], weight, bias, sums, plan)
+            on_layer(op.name)
+        layer, grid = layers.get(op.name), start.activations.get(op.name)
+        real = layer.weight if layer else None
+        quantized = []
+        for i in range(len(results)):
+            y = apply_float(op, [s.quantized[i] for s in inputs], real, layer and layer.bias)
+            quantized.append(fake_quantize(y, grid) if grid else y)
+        return Streams(results, quantized)
+
+    chunks = [network.normalization(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
+    walk(network.ops, Streams(chunks, chunks), do)
+    return layers
+
+
+def share_of_pictures(op: Op, y: Tensor, pictures: int) -> int:
+    """How many pictures of a chunk's result y to use; depthwise layers (k = 9) need the fewest places."""
+    places = y[0, 0].numel() if y.ndim == 4 else 1
+    enough = (POSITIONS // 4 if op.depthwise else POSITIONS) / (places * pictures)
+    return max(1, min(len(y), math.ceil(len(y) * enough)))
+
+
+def round_layer(op: Op, layer: Layer, weight: Tensor, bias: Tensor, sums: rounding.Moments, plan: Plan) -> Layer:
+    """One layer's codes by the plan's method, and its bias, corrected where the plan says so."""
+    if layer.grid is None:
+        return layer
+    codes, grid = layer.codes, layer.grid
+    if plan.rounding != "nearest":
+        codes, grid = rounding.round_weight(
+            weight, sums, grid, plan.rounding, plan.bias_correction, plan.symmetric, SHARES.get(grid.bits, ())
+        )
+    result = Layer(codes, grid, layer.bias)
+    if plan.bias_correction:
+        result = replace(result, bias=(bias + rounding.bias_correction(result.weight, sums)).half().float())
+    return result

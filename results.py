@@ -1,0 +1,88 @@
+"""results.csv: one row per evaluation, kept as it comes; a grid that was interrupted finds its finished points here.
+
+The first columns are the project's; those behind them say by which method the row was made, so that two methods at the
+same bits are two rows. An empty bits column means 32 (FP32).
+"""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from files import write_bytes
+
+COLUMNS = (
+    "dataset",
+    "checkpoint",
+    "width_mult",
+    "weight_quant_bits",
+    "activation_quant_bits",
+    "weight_per_channel",
+    "batch_size",
+    "seed",
+    "test_acc_fp32",
+    "test_acc_quantized",
+    "acc_drop",
+    "model_size_fp32_mb",
+    "model_size_mb",
+    "packed_bytes",
+    "compression_ratio_model",
+    "compression_ratio_weights",
+    "compression_ratio_activations",
+    "calib_seconds",
+    "eval_seconds",
+    "images_per_second",
+    "checkpoint_hash",
+    "method",
+    "calib_pictures",
+)
+# A point of a grid is done when a row agrees with it in these.
+KEY = (
+    "dataset",
+    "checkpoint_hash",
+    "weight_quant_bits",
+    "activation_quant_bits",
+    "weight_per_channel",
+    "batch_size",
+    "seed",
+    "method",
+    "calib_pictures",
+)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file as text; none where there is no file yet."""
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--output {path} cannot be read ({error}); give another file") from None
+    reader = csv.DictReader(io.StringIO(text))
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise UserError(f"--output {path} has other columns than this program's results; give another file")
+    return list(reader)
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds one row; the file is replaced in one step, so it is whole at any moment."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(read(path))
+    writer.writerow({name: text(row[name]) for name in COLUMNS})
+    write_bytes(Path(path), out.getvalue().encode())
+
+
+def text(value: Any) -> str:
+    """A cell: numbers with six significant digits at least, None empty."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def has(rows: list[dict[str, str]], row: Mapping[str, Any]) -> bool:
+    """Whether `rows` holds a measurement of the same point."""
+    return any(all(old[name] == text(row[name]) for name in KEY) for old in rows)

@@ -1,0 +1,237 @@
+"""Choosing the codes of one layer: nearest, GPTQ, and cyclic coordinate descent, all on the layer's least squares.
+
+A layer with weight W [out, k] sees quantized inputs X^ [k, n] where the FP32 network sees X. We want codes u (integers,
+zero-point taken off) and a scale s a row that minimise || Y - s u X^ ||^2 with Y = W X: FP32 targets on quantized
+inputs, so each layer also repairs what the layers before it did ("asymmetric" reconstruction). Only the Gram form is
+kept: H = X^ X^T [groups, k, k] and B = Y X^T [out, k]; a row's loss is s^2 u H u - 2 s u B (+ a constant).
+Centring both (the means taken off) leaves the bias free; its best value is then mean(Y) - s u mean(X^), which is
+empirical bias correction (Nagel et al. 2019, section 4.2) solved together with the rounding.
+
+nearest  Round to nearest (RTN), the plain method.
+gptq     Frantar et al. 2023, algorithm 1: columns one by one, the error spread over the columns left (from H's inverse).
+cd       GPTQ's codes, then cyclic coordinate descent: u_j <- clip(round(u_j + r_j / H_jj)), r = B / s - u H, until no
+         code moves (QuantEase, Behdin et al. 2023; CDQuant, Nair & Suggala 2024), in turn with the best scale for the
+         codes, s = u B / u H u. The loss never rises. Several ranges a channel are tried side by side.
+Depthwise layers are one k = 9 problem per channel, solved for all channels at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from network import Op
+from quantization import Grid, make_grid, round_scale
+
+METHODS = ("nearest", "gptq", "cd")
+BLOCK = 32  # columns whose error is spread at once by one matrix product
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over n positions of one layer, float64: x [groups, k], y [out], xx [groups, k, k], yx [out, k], where x are
+    quantized inputs and y FP32 results without bias."""
+
+    n: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    yx: Tensor
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(*(getattr(self, f) + getattr(other, f) for f in ("n", "x", "y", "xx", "yx")))
+
+
+def moments(op: Op, x: Tensor, y: Tensor, kernel: tuple[int, ...]) -> Moments:
+    """Sums for one batch: x [N, in, h, w] the quantized inputs, y [N, out, h', w'] the FP32 results without bias."""
+    if op.depthwise:
+        rows = torch.cat([taps(op, x, kernel), y.contiguous().unsqueeze(2)], 2).flatten(3).flatten(0, 1)
+        gram = (rows @ rows.transpose(1, 2)).unflatten(0, y.shape[:2]).double().sum(0)  # [channels, k + 1, k + 1]
+        sums = rows.sum(2).unflatten(0, y.shape[:2]).double().sum(0)
+        return Moments(y.numel() // y.shape[1], sums[:, :-1], sums[:, -1], gram[:, :-1, :-1], gram[:, -1, :-1])
+    if y.ndim == 4:
+        y = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        x = x if kernel == (1, 1) else taps(op, x, kernel).flatten(1, 2)
+        x = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    sums = (x.sum(0, keepdim=True), y.sum(0), (x.T @ x).unsqueeze(0), y.T @ x)
+    return Moments(len(x), *(s.double() for s in sums))
+
+
+def taps(op: Op, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """[N, channels, kh * kw, h', w']: what each tap of the kernel sees at every output position."""
+    pad, stride = op.padding, op.stride
+    x = F.pad(x, (pad,) * 4).contiguous()
+    height, width = ((side - k) // stride + 1 for side, k in zip(x.shape[2:], kernel, strict=True))
+    views = [
+        x[:, :, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+    return torch.stack(views, 2)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The least squares of one layer: h [groups, k, k], b [out, k], weight [out, k] (the FP32 one), all float64."""
+
+    h: Tensor
+    b: Tensor
+    weight: Tensor
+
+    def loss(self, u: Tensor, scale: Tensor) -> Tensor:
+        """The squared error of each row up to a constant, [..., out]; u: [..., out, k] integers, scale: [..., out]."""
+        return scale**2 * (times_h(u, self.h) * u).sum(-1) - 2 * scale * (u * self.b).sum(-1)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Grids of A ranges for every row, float64 [A, out]: scale, lowest and highest integer (zero-point taken off)."""
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def times_h(u: Tensor, h: Tensor) -> Tensor:
+    """u H for rows u [..., out, k]: one H for all rows (groups = 1), or one each."""
+    return u @ h[0] if len(h) == 1 else torch.einsum("...ck,ckj->...cj", u, h)
+
+
+def make_problem(weight: Tensor, sums: Moments, centred: bool, damping: float = 0.01) -> Problem:
+    """Damping adds a share of H's mean diagonal that pulls towards the FP32 weight: dead inputs leave H singular."""
+    rows = weight.flatten(1).double()
+    h, b = sums.xx / sums.n, sums.yx / sums.n
+    if centred:
+        x, y = sums.x / sums.n, sums.y / sums.n
+        h = h - x.unsqueeze(2) * x.unsqueeze(1)
+        b = b - y.unsqueeze(1) * x.expand(len(b), -1)
+    pull = damping * h.diagonal(dim1=1, dim2=2).mean(1) + 1e-8
+    h = h + torch.diag_embed(pull.unsqueeze(1).expand(-1, h.shape[-1]))
+    return Problem(h, b + pull.unsqueeze(1) * rows, rows)
+
+
+def bias_correction(weight: Tensor, sums: Moments) -> Tensor:
+    """[out]: what to add to the FP32 bias so that the layer's mean result is that of the FP32 network."""
+    rows = weight.flatten(1).double()
+    return ((sums.y - (rows * sums.x.expand(len(rows), -1)).sum(1)) / sums.n).float()
+
+
+def nearest(problem: Problem, grids: Candidates) -> Tensor:
+    """Codes, zero-point taken off, float64 [A, out, k]."""
+    u = (problem.weight / grids.scale.unsqueeze(2)).round()
+    return torch.clamp(u, grids.low.unsqueeze(2), grids.high.unsqueeze(2))
+
+
+def gptq(problem: Problem, grids: Candidates) -> Tensor:
+    """Codes, zero-point taken off, float64 [A, out, k]: columns by falling diagonal of H, from the optimum B H^-1.
+
+    The error of a block of columns reaches the columns behind it in one product, as in the paper's section 3.3.
+    """
+    h, (count, out) = problem.h, grids.scale.shape
+    k = h.shape[-1]
+    order = h.diagonal(dim1=1, dim2=2).argsort(1, descending=True)  # [groups, k]
+    h = h.gather(1, order.unsqueeze(2).expand(-1, -1, k)).gather(2, order.unsqueeze(1).expand(-1, k, -1))
+    b = problem.b.gather(1, order.expand(out, -1))
+    lower = torch.linalg.cholesky(h)
+    optimum = torch.cholesky_solve(b.T.unsqueeze(0) if len(h) == 1 else b.unsqueeze(2), lower)
+    optimum = optimum[0].T if len(h) == 1 else optimum.squeeze(2)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    w = optimum.float().expand(count, -1, -1).clone()
+    scale, low, high = grids.scale.float(), grids.low.float(), grids.high.float()
+    u, errors = torch.empty_like(w), torch.empty_like(w)
+    for start in range(0, k, BLOCK):
+        stop = min(start + BLOCK, k)
+        for j in range(start, stop):
+            u[..., j] = torch.clamp((w[..., j] / scale).round(), low, high)
+            errors[..., j] = (w[..., j] - u[..., j] * scale) / upper[:, j, j]
+            w[..., j:stop] -= errors[..., j, None] * upper[:, j, j:stop]
+        block = errors[..., start:stop]
+        if stop < k:
+            w[..., stop:] -= block @ upper[0, start:stop, stop:]
+    return torch.empty_like(u).scatter_(2, order.expand(count, out, -1), u).double()
+
+
+def descend(problem: Problem, u: Tensor, grids: Candidates, cycles: int) -> Tensor:
+    """Cyclic coordinate descent from u [A, out, k]; stops when a whole cycle moves nothing. Returns new codes."""
+    h = problem.h.float()
+    low, high = grids.low.float(), grids.high.float()
+    residual = (problem.b / grids.scale.unsqueeze(2) - times_h(u, problem.h)).float()  # r = B / s - u H
+    # Columns become the first dimension, so that one code of all rows lies together: [k, A, out], H [k, k, 1, groups].
+    u, residual = (t.float().permute(2, 0, 1).contiguous() for t in (u, residual))
+    columns = h.permute(1, 2, 0).unsqueeze(2).contiguous()
+    step = 1 / h.diagonal(dim1=1, dim2=2).T  # [k, groups]
+    k = len(u)
+    for _ in range(cycles):
+        before = u.clone()
+        for start in range(0, k, BLOCK):
+            stop = min(start + BLOCK, k)
+            for j in range(start, stop):
+                new = torch.clamp((u[j] + residual[j] * step[j]).round_(), low, high)
+                residual[start:stop].addcmul_(columns[j, start:stop], new - u[j], value=-1)
+                u[j] = new
+            if k > BLOCK:
+                change = (u[start:stop] - before[start:stop]).flatten(1)
+                for part in (slice(0, start), slice(stop, k)):
+                    residual[part] -= (h[0, part, start:stop] @ change).view_as(residual[part])
+        if torch.equal(u, before):
+            break
+    return u.permute(1, 2, 0).double()
+
+
+def best_scale(problem: Problem, u: Tensor, grids: Candidates) -> Candidates:
+    """Each row's least squares scale for its codes, where that (as float16) lowers the row's loss."""
+    power = (times_h(u, problem.h) * u).sum(-1)
+    new = round_scale((u * problem.b).sum(-1) / power.clamp(min=1e-30)).double()
+    better = problem.loss(u, new) < problem.loss(u, grids.scale)
+    return Candidates(torch.where(better, new, grids.scale), grids.low, grids.high)
+
+
+def best_rows(problem: Problem, u: Tensor, grids: Candidates) -> tuple[Tensor, Candidates]:
+    """For every row the candidate with the least loss: A becomes 1."""
+    best = problem.loss(u, grids.scale).argmin(0, keepdim=True)  # [1, out]
+    chosen = Candidates(*(t.gather(0, best) for t in (grids.scale, grids.low, grids.high)))
+    return u.gather(0, best.unsqueeze(2).expand(-1, -1, u.shape[2])), chosen
+
+
+def round_rows(
+    problem: Problem, grids: Candidates, method: str, fit_scale: bool, rounds: int = 3
+) -> tuple[Tensor, Candidates]:
+    """(codes with the zero-point taken off [1, out, k], grids [1, out]): the best candidate of each row."""
+    if method == "nearest":
+        return best_rows(problem, nearest(problem, grids), grids)
+    u = gptq(problem, grids)
+    if method == "gptq":
+        return best_rows(problem, u, grids)
+    plain = nearest(problem, grids)
+    worse = problem.loss(u, grids.scale) > problem.loss(plain, grids.scale)
+    u = descend(problem, torch.where(worse.unsqueeze(2), plain, u), grids, cycles=2)
+    u, grids = best_rows(problem, u, best_scale(problem, u, grids) if fit_scale else grids)
+    for _ in range(rounds):
+        u = descend(problem, u, grids, cycles=6)
+        grids = best_scale(problem, u, grids) if fit_scale else grids
+    return u, grids
+
+
+def candidates(weight: Tensor, grid: Grid, symmetric: bool, shares: tuple[float, ...]) -> Candidates:
+    """`grid` and, where it is per channel, grids over shrunken ranges."""
+    rows = weight.flatten(1)
+    low, high = rows.amin(1), rows.amax(1)
+    grids = [grid] + [make_grid(grid.bits, low * s, high * s, symmetric) for s in shares if grid.scale.ndim]
+    zero_points = torch.stack([g.zero_point.double().expand(len(rows)) for g in grids])
+    scales = torch.stack([g.scale.double().expand(len(rows)) for g in grids])
+    return Candidates(scales, -zero_points, grid.highest - zero_points)
+
+
+def round_weight(
+    weight: Tensor, sums: Moments, grid: Grid, method: str, centred: bool, symmetric: bool, shares: tuple[float, ...]
+) -> tuple[Tensor, Grid]:
+    """(codes uint8 of weight's shape, grid) by `method`. cd also fits the ranges and scales of per-channel grids."""
+    problem = make_problem(weight, sums, centred)
+    per_channel = grid.scale.ndim > 0
+    grids = candidates(weight, grid, symmetric, shares if method == "cd" else ())
+    u, chosen = round_rows(problem, grids, method, fit_scale=per_channel)
+    codes = (u[0] - chosen.low[0].unsqueeze(1)).to(torch.uint8).reshape(weight.shape)
+    if per_channel:
+        grid = Grid(grid.bits, chosen.scale[0].float(), (-chosen.low[0]).int())
+    return codes, grid

@@ -1,0 +1,390 @@
+"""Evaluates a MobileNetV2 in FP32, quantized and packed, or over a grid of bit widths.
+
+examples:
+  python test.py                                                         the FP32 checkpoint
+  python test.py --weight-bits 4 --act-bits 8                            one evaluation
+  python test.py --weight-bits 4 --save-packed mnv2_w4.safetensors       and keep the packed file
+  python test.py --packed mnv2_w4.safetensors                            evaluate it, with nothing else at hand
+  python test.py --weight-bits 8,6,4 --act-bits 8,6,4                    a grid, and parallel_coordinates.png
+
+Weights are quantized, packed to a file, and read back from it: what is evaluated is what was packed.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+import data
+import results
+import tracking
+from calibration import METHODS, Plan, method_plan, quantize_network
+from checkpoint import Checkpoint
+from cli import option, parse
+from compression import SizeReport, load_packed, packed_sizes, save_packed
+from errors import UserError, run_main
+from evaluation import Score, choose_device, score
+from network import Network, fold_batch_norm, to_device
+from quantization import ACTIVATION_RANGES, WEIGHT_RANGES, QuantizedNetwork, float_network, predictor
+
+CALIBRATION_BATCH = 128  # pictures in a calibration batch, whatever --batch-size is: it must not change the result
+BITS = (2, 3, 4, 5, 6, 7, 8, 32)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of test.py, and the parameters of a sweep."""
+
+    checkpoint: Path | None = option(
+        None,
+        "FP32 checkpoint (default: checkpoints/mnv2_fp32_best.pth if there, else the one that comes along)",
+        group="what is evaluated",
+    )
+    packed: Path | None = option(None, "a packed file to evaluate instead of a checkpoint", group="what is evaluated")
+    dataset: str | None = option(
+        None,
+        "data set (default: found from DATA_DIR and the checkpoint)",
+        choices=data.DATASETS,
+        group="what is evaluated",
+    )
+    data_dir: Path = option(Path("data"), "folder of the data set", group="what is evaluated")
+
+    weight_quant_bits: tuple[int, ...] = option(
+        (),
+        "bits of the weights, 2 to 8, 32 for FP32; a comma list makes a grid",
+        aliases=["weight_bits"],
+        choices=BITS,
+        group="quantization",
+    )
+    activation_quant_bits: tuple[int, ...] = option(
+        (),
+        "bits of the activations, likewise",
+        aliases=["act_bits", "activation_bits"],
+        choices=BITS,
+        group="quantization",
+    )
+    weight_per_channel: bool = option(True, "one grid per output channel", group="quantization")
+    weight_per_tensor: bool = option(False, "one grid per weight tensor instead", group="quantization")
+    symmetric: bool = option(False, "zero-point in the middle of the weights' codes", group="quantization")
+    rounding: str = option(
+        "auto",
+        "how codes are chosen; auto: what won on validation at these bits",
+        choices=("auto", *METHODS),
+        group="quantization",
+    )
+    weight_range: str | None = option(None, "range of the weights' grids", choices=WEIGHT_RANGES, group="quantization")
+    act_range: str | None = option(
+        None, "range of the activations' grids", choices=ACTIVATION_RANGES, group="quantization"
+    )
+    bias_correction: bool | None = option(None, "biases that keep each layer's mean", group="quantization")
+    edge_bits: int | None = option(
+        None,
+        "at least so many bits in the first and the last layer; 0: no exception",
+        low=0,
+        high=8,
+        group="quantization",
+    )
+    calib_batches: int = option(
+        8, f"batches of {CALIBRATION_BATCH} training pictures for calibration", low=1, group="quantization"
+    )
+    entropy: bool = option(False, "entropy-code the packed codes", group="quantization")
+
+    batch_size: int = option(256, "pictures at once; changes the speed, never the result", low=1, group="evaluation")
+    seed: int = option(0, "of the choice of calibration pictures", low=0, group="evaluation")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="evaluation")
+
+    output: Path = option(Path("results.csv"), "one row is added per evaluation", group="files")
+    plot: Path = option(Path("parallel_coordinates.png"), "picture of a grid, and an .html beside it", group="files")
+    save_packed: Path | None = option(None, "keep the packed file here", group="files")
+    again: bool = option(False, "measure a grid's points again that are in OUTPUT already", group="files")
+    log_wandb: bool = option(False, "report to Weights & Biases (under `wandb agent` by itself)", group="W&B")
+    log_artifact: bool = option(False, "upload the packed file as an artifact", group="W&B")
+
+    @property
+    def per_channel(self) -> bool:
+        return self.weight_per_channel and not self.weight_per_tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What all points of a grid share: the FP32 network, its pictures, and how good it is."""
+
+    path: Path
+    hash: str
+    checkpoint: Checkpoint
+    network: Network
+    dataset: str
+    train: data.Split  # without the pictures that chose the checkpoint
+    test: data.Split
+    fp32: Score
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation: the bits (None: FP32) and the plan that they and the other settings make."""
+
+    weight_bits: int | None
+    activation_bits: int | None
+    plan: Plan
+    method: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row of results.csv, the sizes behind it, and the packed file while it exists."""
+
+    row: dict[str, Any]
+    sizes: SizeReport
+    packed: Path
+
+
+def main() -> int:
+    settings = parse(Settings, __doc__, sys.argv[1:])
+    points = [settings] if tracking.under_agent() else grid(settings)
+    subject = None
+    rows = results.read(settings.output)
+    with tqdm(points, desc="grid", unit="point", disable=None if len(points) > 1 else True) as bar:
+        for one in bar:
+            if len(points) > 1:
+                subject = subject or load_subject(one)
+                if not one.again and results.has(rows, identity(one, point_of(one), subject)):
+                    continue
+            with tracking.run(one, "evaluation", label, one.log_wandb) as tracked:
+                one = tracked.settings
+                with tempfile.TemporaryDirectory() as folder:
+                    if one.packed:
+                        outcome = evaluate_packed(one)
+                    else:
+                        subject = subject or load_subject(one)
+                        outcome = evaluate(one, subject, one.save_packed or Path(folder) / "packed.safetensors")
+                    results.append(one.output, outcome.row)
+                    report_to(tracked, one, outcome, subject)
+            bar.write(summary(outcome.row), file=sys.stdout)
+    if len(points) > 1:
+        import report
+
+        page = report.write_plots(report.read_results(settings.output), settings.plot)
+        print(f"wrote {settings.output}, {settings.plot} and {page}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- the points
+
+
+def grid(settings: Settings) -> list[Settings]:
+    """One Settings per combination of the bits; several points cannot share one --save-packed."""
+    pairs = list(itertools.product(settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,)))
+    if len(pairs) > 1 and (settings.save_packed or settings.packed):
+        name = "--save-packed" if settings.save_packed else "--packed"
+        raise UserError(f"{name} goes with one pair of bits, not with a grid of {len(pairs)}")
+    return [dataclasses.replace(settings, weight_quant_bits=(w,), activation_quant_bits=(a,)) for w, a in pairs]
+
+
+def point_of(settings: Settings) -> Point:
+    """The plan of one evaluation. UserError for settings that do not go together."""
+    bits = [settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,)]
+    if any(len(b) > 1 for b in bits):
+        raise UserError("a run of a sweep takes one number of bits, not a list: let the sweep make the grid")
+    weight_bits, activation_bits = (None if b[0] == 32 else b[0] for b in bits)
+    changes = {
+        name: getattr(settings, name)
+        for name in ("weight_range", "act_range", "bias_correction", "edge_bits")
+        if getattr(settings, name) is not None
+    }
+    plan, method = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
+    plan = dataclasses.replace(plan, symmetric=settings.symmetric, **changes)
+    notes = [f"{name}={value}" for name, value in changes.items()]
+    notes += ["symmetric"] * settings.symmetric + ["entropy"] * settings.entropy
+    return Point(weight_bits, activation_bits, plan, "+".join([method, *notes]))
+
+
+def label(settings: Settings) -> tracking.Labels:
+    """How W&B shows the run: w4a8-b128, grouped by checkpoint."""
+    point = point_of(settings)
+    path = settings.packed or default_checkpoint(settings)
+    name = f"w{point.weight_bits or 32}a{point.activation_bits or 32}-b{settings.batch_size}"
+    return tracking.Labels(name, checkpoints.short_hash(path), (point.method, path.stem))
+
+
+# ------------------------------------------------------------------------------------------------------ what is loaded
+
+
+def default_checkpoint(settings: Settings) -> Path:
+    own = Path("checkpoints/mnv2_fp32_best.pth")
+    return settings.checkpoint or (own if own.exists() else checkpoints.DEFAULT_CHECKPOINT)
+
+
+def load_data(settings: Settings, hint: str, classes: tuple[str, ...]) -> data.Dataset:
+    """The data set asked for, else a folder of pictures in DATA_DIR, else `hint`; its classes must be `classes`."""
+    name = settings.dataset or data.default_name(settings.data_dir)
+    if not settings.dataset and name != "folder" and classes != data.CIFAR10_CLASSES:
+        name = hint
+    dataset = data.load(name, settings.data_dir)
+    if dataset.classes != classes:
+        raise UserError(
+            f"--data-dir {settings.data_dir} ({name}) has the classes {', '.join(dataset.classes[:3])}, ... but the "
+            f"model knows {', '.join(classes[:3])}, ...; give the data set it was trained on"
+        )
+    return dataset
+
+
+def load_subject(settings: Settings) -> Subject:
+    """Checkpoint, data and the FP32 accuracy. The checkpoint's own validation pictures are kept out of calibration."""
+    path = default_checkpoint(settings)
+    checkpoint = checkpoints.load(path)
+    dataset = load_data(settings, checkpoint.dataset, checkpoint.classes)
+    val_size, val_seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
+    train, _ = data.stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
+    network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
+    device = choose_device(settings.device)
+    fp32 = score(predictor(float_network(network), device), dataset.test, settings.batch_size, device)
+    return Subject(path, checkpoints.short_hash(path), checkpoint, network, dataset.name, train, dataset.test, fp32)
+
+
+# ------------------------------------------------------------------------------------------------------ one evaluation
+
+
+def evaluate(settings: Settings, subject: Subject, path: Path) -> Outcome:
+    """Quantizes, packs to `path`, reads back, evaluates on the test pictures: one row."""
+    point = point_of(settings)
+    begun = time.perf_counter()
+    if point.weight_bits or point.activation_bits:
+        images = data.calibration_split(subject.train, pictures(settings, subject), settings.seed).images
+        with layer_bar(subject.network) as on_layer:
+            quantized = quantize_network(subject.network, images, point.plan, on_layer)
+    else:
+        quantized = float_network(subject.network)
+    calib_seconds = time.perf_counter() - begun
+    row = {
+        **identity(settings, point, subject),
+        "checkpoint": str(subject.path),
+        "width_mult": subject.checkpoint.architecture.width_mult,
+        "test_acc_fp32": subject.fp32.accuracy,
+        "calib_seconds": calib_seconds,
+    }
+    info = {"row": row, "classes": subject.checkpoint.classes, "dataset": subject.checkpoint.dataset}
+    sizes = save_packed(quantized, path, info, entropy=settings.entropy)
+    network, _ = load_packed(path)
+    return Outcome(
+        {**row, **measured(settings, network, subject.test, row["test_acc_fp32"]), **size_cells(sizes)}, sizes, path
+    )
+
+
+def evaluate_packed(settings: Settings) -> Outcome:
+    """Evaluates a packed file; what was known of the FP32 network when it was packed is in its header."""
+    if (
+        settings.checkpoint
+        or settings.weight_quant_bits not in ((), (32,))
+        or settings.activation_quant_bits not in ((), (32,))
+    ):
+        raise UserError("--packed has its bits and weights in the file; leave --checkpoint and the bits away")
+    network, info = load_packed(settings.packed)
+    try:
+        known, classes, hint = dict(info["row"]), tuple(info["classes"]), info["dataset"]
+        fp32 = known["test_acc_fp32"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{settings.packed} was not written by test.py --save-packed; it does not name its classes"
+        ) from None
+    dataset = load_data(settings, hint, classes)
+    sizes = packed_sizes(settings.packed)
+    row = (
+        {name: None for name in results.COLUMNS}
+        | known
+        | {"batch_size": settings.batch_size, "dataset": dataset.name, "calib_seconds": 0.0}
+    )
+    return Outcome(
+        {**row, **measured(settings, network, dataset.test, fp32), **size_cells(sizes)}, sizes, settings.packed
+    )
+
+
+def pictures(settings: Settings, subject: Subject) -> int:
+    return min(settings.calib_batches * CALIBRATION_BATCH, len(subject.train))
+
+
+def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, Any]:
+    """The cells that say which point this is (results.KEY)."""
+    quantized = point.weight_bits or point.activation_bits
+    return {
+        "dataset": subject.dataset,
+        "checkpoint_hash": subject.hash,
+        "weight_quant_bits": point.weight_bits,
+        "activation_quant_bits": point.activation_bits,
+        "weight_per_channel": settings.per_channel,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "method": point.method,
+        "calib_pictures": pictures(settings, subject) if quantized else 0,
+    }
+
+
+def measured(settings: Settings, network: QuantizedNetwork, test: data.Split, fp32: float) -> dict[str, float]:
+    """Accuracy of the packed network and how long it took; FP32 in place of what is not quantized."""
+    device = choose_device(settings.device)
+    forward = predictor(network, device)
+    forward(test.images[: settings.batch_size].to(device))  # warm-up: threads, kernels
+    begun = time.perf_counter()
+    quantized = score(forward, test, settings.batch_size, device)
+    seconds = time.perf_counter() - begun
+    return {
+        "test_acc_quantized": quantized.accuracy,
+        "acc_drop": fp32 - quantized.accuracy,
+        "eval_seconds": seconds,
+        "images_per_second": quantized.count / seconds,
+    }
+
+
+def size_cells(sizes: SizeReport) -> dict[str, Any]:
+    names = (
+        "model_size_fp32_mb",
+        "model_size_mb",
+        "compression_ratio_model",
+        "compression_ratio_weights",
+        "compression_ratio_activations",
+    )
+    return {"packed_bytes": sizes.total_bytes, **{name: getattr(sizes, name) for name in names}}
+
+
+# -------------------------------------------------------------------------------------------------------------- telling
+
+
+@contextlib.contextmanager
+def layer_bar(network: Network) -> Iterator[Callable[[str], None]]:
+    """A progress bar over the layers while they are rounded, on a terminal."""
+    with tqdm(total=len(network.weighted), desc="calibration", unit="layer", leave=False, disable=None) as bar:
+        yield lambda name: bar.update()
+
+
+def summary(row: dict[str, Any]) -> str:
+    bits = [row[name] or 32 for name in ("weight_quant_bits", "activation_quant_bits")]
+    return (
+        f"w{bits[0]}a{bits[1]}: test_acc_quantized {row['test_acc_quantized']:.2f} % (FP32 {row['test_acc_fp32']:.2f}, "
+        f"drop {row['acc_drop']:.2f}), {row['model_size_mb']:.3f} MB of {row['model_size_fp32_mb']:.3f} "
+        f"({row['compression_ratio_model']:.2f}x), {row['images_per_second']:.0f} images/s"
+    )
+
+
+def report_to(tracked: tracking.Untracked, settings: Settings, outcome: Outcome, subject: Subject | None) -> None:
+    """Everything W&B gets: the row, the size of each layer, the packed file where asked for."""
+    if not tracked.tracked:
+        return
+    import report
+
+    tracked.summary(outcome.row)
+    tracked.table(report.SIZE_TABLE, report.size_table(outcome.sizes))
+    if settings.log_artifact:
+        name = f"mnv2-{label(settings).name}"
+        tracked.artifact(outcome.packed, name, outcome.row, subject.path if subject else None)
+
+
+if __name__ == "__main__":
+    run_main(main)
