@@ -270,7 +270,8 @@ def weighted(ops: Sequence[Op]) -> list[Op]:
 def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], entropy: bool = False) -> SizeReport:
     """Writes the packed file atomically and reports its sizes. info: anything JSON can hold (data set, class names,
     settings); comes back from `load_packed` (tuples as lists). entropy: codes the codes losslessly where that is
-    smaller. ValueError for a network that the file cannot hold exactly (scales or biases beyond float16)."""
+    smaller. ValueError for a network that the file cannot hold exactly (scales or biases beyond float16, operations
+    that are not the architecture's); TypeError where info is not JSON. The old file stays then."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file to write the packed model to")
@@ -311,6 +312,8 @@ def centred(codes: Tensor, grid: Grid, direction: int) -> Tensor:
 def to_blobs(network: QuantizedNetwork, entropy: bool) -> tuple[tuple[Plan, ...], tuple[str, ...], dict[str, Tensor]]:
     """The plans, the names of the deflated blobs, and the blobs that are not empty."""
     parts: dict[str, list[Tensor]] = {name: [] for name in ("codes", "scales", "zero_points", "biases", "floats")}
+    if network.ops != operations(network.architecture):
+        raise ValueError("these are not the operations of the architecture, from which the file's reader derives them")
     plans: list[Plan] = []
     to_code: dict[int, tuple[np.ndarray, int]] = {}
     for op in weighted(network.ops):

@@ -1,5 +1,6 @@
 """Packing, the packed file and its sizes, against slow plain versions, the file system and safetensors' own reader."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -244,7 +245,9 @@ def test_equal_codes_take_no_room_in_the_stream(images, tmp_path):
     dead = quantization.Layer(grid.zero_point.to(torch.uint8).view(-1, 1, 1, 1).expand_as(network.layers[name].codes),
                               grid, network.layers[name].bias)  # fmt: skip
     network = quantization.with_layers(network, {name: dead})
+    assert len(grid.zero_point.unique()) > 1  # the codes differ, but not from their channels' zero-points
     sizes = save_packed(network, tmp_path / "m", INFO, entropy=True)
+    assert [row.code_bytes for row in sizes.rows if row.name == name] == [0]
     loaded, _ = load_packed(tmp_path / "m")
     assert torch.equal(quantization.predictor(loaded)(images), quantization.predictor(network)(images))
     assert packed_sizes(tmp_path / "m") == sizes
@@ -407,6 +410,8 @@ def test_saving_refuses_what_it_cannot_hold_and_leaves_the_old_file(good, tmp_pa
     for bad in (bad_bias, bad_scale):
         with pytest.raises(ValueError, match="not exact in float16"):
             save_packed(quantization.with_layers(network, {name: bad}), path, INFO)
+    with pytest.raises(ValueError, match="not the operations"):
+        save_packed(dataclasses.replace(network, ops=network.ops[:-1]), path, INFO)
     with pytest.raises(TypeError):
         save_packed(network, path, {"tensor": third})
     with pytest.raises(ValueError, match="too long"):
