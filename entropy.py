@@ -5,9 +5,9 @@ lane keeps a state x in [2^16, 2^32); coding a symbol of frequency f and cumulat
 x' = (x // f) * 2^14 + x % f + c, after the low 16 bits of x went to the stream if x' would grow too large. The decoder
 undoes this from the other end, 256 lanes in each numpy operation, so Python is fast enough (0.1 s for 2.2 M codes).
 
-One table of frequencies a layer (order 0). Richer models (the channel's or the column's running magnitude as context)
-gained less than 0.5 % on trained weights. Of general compressors zstd (level 19) comes nearest on the same codes, with
-1.6 % more bytes at 4 bits, 3 % at 3 and 14 % at 2; zlib, bz2 and lzma take more.
+One table of frequencies a layer (order 0). Measured on CIFAR-10 weights of width 1.0 after 5 to 10 epochs: with the
+channel's or the column's running magnitude as context the codes take at most 0.5 % less; zstd (level 19), the best of
+the general compressors but for a hair at 2 bits (lzma), takes 1.6 % more than this at 4 bits, 3 % at 3, 14 % at 2.
 """
 
 import zlib
