@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import warnings
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -140,11 +140,13 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     best = checkpoint_so_far(run)
     forward = compiled(state.model, device) if settings.compile else state.model
     with (
-        open_log(log_path(settings), command(settings), state.epoch) as log,
+        open_log(log_path(settings), command(settings), state.epoch if saved else None) as log,
         signals_caught() as signals,
         pace.new_bar() as bar,
     ):
         watch = watcher(run, bar, signals)
+        if not saved:
+            save_state(run)  # so that --resume knows this run from here on
         try:
             while state.step or training.progress(state, recipe, run.steps) < 1.0:
                 training.train_epoch(state, run.train, recipe, run.normalization, forward, watch)
@@ -202,7 +204,7 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
     )
     if saved:
         restore(run, saved)
-    describe(run, device)
+    describe(run, device, saved is not None)
     return run
 
 
@@ -231,7 +233,7 @@ def first_model(
     return model, normalization
 
 
-def describe(run: Run, device: torch.device) -> None:
+def describe(run: Run, device: torch.device, resumed: bool) -> None:
     """Says what is trained, on what, and from where on."""
     model, state, settings = run.state.model, run.state, run.settings
     parameters, operations = sum(p.numel() for p in model.parameters()) / 1e6, multiply_adds(model) / 1e6
@@ -241,12 +243,12 @@ def describe(run: Run, device: torch.device) -> None:
         f"{len(run.val)} validation and {len(run.test)} test pictures"
     )
     path = resume_path(settings)
-    if state.epoch or state.step:
+    if resumed:
         print(f"goes on in epoch {state.epoch + 1} at step {state.step + 1}, from {path}")
     elif settings.resume:
         print(f"nothing to resume ({path} does not exist): starts at epoch 1")
-    elif path.exists():
-        print(f"starts at epoch 1; {path} of an earlier run will be overwritten (--resume goes on from it)")
+    elif path.exists() and not torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("finished"):
+        print(f"starts at epoch 1 and overwrites {path}; --resume would have gone on from it")
 
 
 def compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -33,17 +33,17 @@ class Epoch:
 
 
 @contextlib.contextmanager
-def open_log(path: Path, command: str, epoch: int) -> Iterator[TextIO]:
-    """The log, open to append: a new part for a new run; for one resumed after `epoch` > 0 its own part, cut there.
+def open_log(path: Path, command: str, after: int | None) -> Iterator[TextIO]:
+    """The log, open to append: a new part for a new run (None); for one resumed `after` an epoch its part, cut there.
 
     (A process killed between writing its line and saving its state does that epoch again.)
     """
     title = f"# {command}"
     try:
         lines = path.read_text().splitlines() if path.exists() else []
-        if epoch and title in lines:
+        if after is not None and title in lines:
             start = len(lines) - lines[::-1].index(title)
-            lines = lines[:start] + [line for line in lines[start:] if not is_after(line, epoch)]
+            lines = lines[:start] + [line for line in lines[start:] if not is_after(line, after)]
         else:
             lines += [title, COLUMNS]
         write_bytes(path, ("\n".join(lines) + "\n").encode())
