@@ -45,6 +45,7 @@ SIZE_TABLE = "size_by_layer"  # the name of the size table in a W&B run
 COLORS = ("#c2410c", "#e9a23b", "#8fbf6a", "#2a9d8f", "#1d4e89")  # accuracy, low to high; the best are the darkest
 LEVEL_COLORS = ("#c2410c", "#e9a23b", "#6a994e", "#2a9d8f", "#3b6fb6", "#6d3fa0", "#444444", "#999999")  # for bits
 REFERENCE = "#666666"
+PLOTLY_SETTINGS = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendChartToCloud"]}
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -208,6 +209,18 @@ class SweepResults:
     sizes: dict[int, list[dict[str, Any]]]
 
     @property
+    def summary(self) -> str:
+        """One line: which sweep, how far, where to look."""
+        runs = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items())) or "no runs"
+        return f"{self.path} ({self.name}), {self.state.lower()}: {runs}; {self.url}"
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The columns to read first, best accuracy first."""
+        shown = [*BITS, "batch_size", ACCURACY, "acc_drop", SIZE, RATIO, "compression_ratio_activations"]
+        return self.frame.sort_values(ACCURACY, ascending=False)[["run_name", *shown]].reset_index(drop=True)
+
+    @property
     def missing(self) -> pd.DataFrame:
         return missing_points(self.frame, {name: v for name, v in self.grid.items() if name in self.frame})
 
@@ -215,11 +228,13 @@ class SweepResults:
 def fetch_sweep(
     entity: str | None = None, project: str | None = None, sweep: str | None = None, cache: Path | None = None
 ) -> SweepResults:
-    """A sweep through `wandb.Api()`; what is not given is looked for: the latest sweep of the latest project.
+    """A sweep (its id, or entity/project/id) through `wandb.Api()`; without one, the latest sweep.
 
     With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a sweep that has ended is read
     from it the next time, with or without a server.
     """
+    if sweep and sweep.count("/") == 2:
+        entity, project, sweep = sweep.split("/")
     kept = read_cache(cache, sweep) if cache and sweep else None
     if kept is None or not ended(kept):
         kept = tracking.read_sweep(entity, project, sweep, SIZE_TABLE, WEIGHTS)
@@ -453,21 +468,22 @@ def parallel_coordinates_figure(frame: pd.DataFrame) -> Figure:
     from plotly import graph_objects as go
 
     need_rows(frame)
+    axes = parallel_axes(frame)
     dimensions = [
         dict(
             label=axis.label,
-            values=axis.places,
+            values=spread(axes, i),
             range=[0, 1],
             tickvals=[place for place, _ in axis.ticks],
             ticktext=[text for _, text in axis.ticks],
         )
-        for axis in parallel_axes(frame)
+        for i, axis in enumerate(axes)
     ]
     bar = dict(title=dict(text="accuracy, %", side="right"), thickness=14, outlinewidth=0)
     line = dict(color=frame[ACCURACY], colorscale=color_scale(), showscale=True, colorbar=bar)
     figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelfont_size=15, tickfont_size=12))
     figure.update_layout(
-        title=heading(frame), height=520, margin=dict(l=60, r=40, t=110, b=30), template="plotly_white"
+        title=heading(frame), height=540, margin=dict(l=60, r=40, t=130, b=30), template="plotly_white"
     )
     return figure
 
@@ -481,29 +497,29 @@ def pareto_figure(frame: pd.DataFrame) -> Figure:
 
     need_rows(frame)
     figure = go.Figure()
-    details = ["batch_size", "seed", "acc_drop", RATIO]
-    hover = (
-        "<b>%{text}</b><br>%{y:.2f} % at %{x:.3f} MB<br>%{customdata[3]:.2f}× smaller, drop %{customdata[2]:.2f}"
-        "<br>batch %{customdata[0]}, seed %{customdata[1]}<extra></extra>"
-    )
-    for i, bits in enumerate(sorted(frame[ACTIVATIONS].unique(), reverse=True)):
-        part = frame[frame[ACTIVATIONS] == bits]
-        name = f"{bits}-bit activations" if bits < FLOAT_BITS else "FP32 activations"
-        marker = dict(size=10, color=LEVEL_COLORS[-1 - i % len(LEVEL_COLORS)] if bits == FLOAT_BITS else
-                      LEVEL_COLORS[(bits - 2) % len(LEVEL_COLORS)], line=dict(width=1, color="white"))  # fmt: skip
-        figure.add_scatter(
-            x=part[SIZE], y=part[ACCURACY], mode="markers", name=name, marker=marker, text=names(part),
-            customdata=part[details], hovertemplate=hover,
-        )  # fmt: skip
     front = pareto_front(frame)
     figure.add_scatter(
         x=front[SIZE], y=front[ACCURACY], mode="lines+text", name="Pareto front", text=names(front),
         textposition="top left", line=dict(shape="hv", color="#222222", width=1.5), hoverinfo="skip",
     )  # fmt: skip
+    details = ["batch_size", "seed", "acc_drop", RATIO]
+    hover = (
+        "<b>%{text}</b><br>%{y:.2f} % at %{x:.3f} MB<br>%{customdata[3]:.2f}× smaller, drop %{customdata[2]:.2f}"
+        "<br>batch %{customdata[0]}, seed %{customdata[1]}<extra></extra>"
+    )
+    for bits in sorted(frame[ACTIVATIONS].unique()):
+        part = frame[frame[ACTIVATIONS] == bits]
+        name = f"{bits}-bit activations" if bits < FLOAT_BITS else "FP32 activations"
+        color = LEVEL_COLORS[-1] if bits == FLOAT_BITS else LEVEL_COLORS[(bits - 2) % len(LEVEL_COLORS)]
+        marker = dict(size=10, color=color, line=dict(width=1, color="white"))
+        figure.add_scatter(
+            x=part[SIZE], y=part[ACCURACY], mode="markers", name=name, marker=marker, text=names(part),
+            customdata=part[details], hovertemplate=hover,
+        )  # fmt: skip
     for size, accuracy in {(s, a) for s, a in zip(frame[FP32_SIZE], frame[FP32_ACCURACY], strict=True) if a == a}:
         figure.add_hline(accuracy, line=dict(color=REFERENCE, width=1, dash="dash"))
         figure.add_scatter(
-            x=[size], y=[accuracy], mode="markers+text", name="FP32", text=["FP32"], textposition="bottom left",
+            x=[size], y=[accuracy], mode="markers", name="FP32",
             marker=dict(symbol="star", size=14, color=REFERENCE),
             hovertemplate="FP32<br>%{y:.2f} % at %{x:.3f} MB<extra></extra>",
         )  # fmt: skip
@@ -584,7 +600,7 @@ def write_plots(frame: pd.DataFrame, png_path: Path) -> Path:
 
     parallel_coordinates_png(frame, png_path)
     figures = [parallel_coordinates_figure(frame), pareto_figure(frame), heatmap_figure(frame)]
-    settings = dict(full_html=False, config=dict(displaylogo=False, responsive=True))
+    settings = dict(full_html=False, config=PLOTLY_SETTINGS)
     parts = [to_html(figure, include_plotlyjs=i == 0, **settings) for i, figure in enumerate(figures)]
     page = "\n".join(
         [

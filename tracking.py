@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from cli import from_mapping
 from errors import UserError
+from interrupts import Interrupted
 
 Settings = TypeVar("Settings")
 PROJECT = "mobilenetv2-quantization"  # where WANDB_PROJECT names none
@@ -100,6 +102,11 @@ def simple(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
+def single(value: Any) -> Any:
+    """A list of one as its member, so that W&B can group and filter by it."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 @contextlib.contextmanager
 def guarded(what: str) -> Iterator[None]:
     """Turns an error of W&B (they are of many kinds) into a line on stderr."""
@@ -140,7 +147,7 @@ def run(
         with terminated_by_signal():
             parameters = dict(wandb_run.config)
             tracked = Tracked(overridden(settings, parameters, wandb_run.id), wandb_run)
-            rest = {name: simple(value) for name, value in dataclasses.asdict(tracked.settings).items()}
+            rest = {name: single(simple(value)) for name, value in dataclasses.asdict(tracked.settings).items()}
             wandb_run.config.update({name: value for name, value in rest.items() if name not in parameters})
             yield tracked
         code = 0
@@ -148,9 +155,10 @@ def run(
         code = 2
         wandb_run.summary["error"] = str(error)  # the run's page shows why
         raise
-    except Terminated as stop:
-        code = stop.code
-        wandb_run.mark_preempting()
+    except (Terminated, Interrupted) as stop:
+        code = 128 + stop.number
+        if stop.number == signal.SIGTERM:
+            wandb_run.mark_preempting()
         raise
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
@@ -204,6 +212,10 @@ def overridden(settings: Settings, parameters: Mapping[str, Any], run_id: str) -
 class Terminated(SystemExit):
     """SIGTERM came: the machine is about to be taken away, or somebody ended the run."""
 
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
 
 @contextlib.contextmanager
 def terminated_by_signal() -> Iterator[None]:
@@ -214,7 +226,7 @@ def terminated_by_signal() -> Iterator[None]:
 
     def receive(number: int, _: Any) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the last upload
-        raise Terminated(128 + number)
+        raise Terminated(number)
 
     signal.signal(signal.SIGTERM, receive)
     try:
@@ -271,6 +283,19 @@ def read_sweep(entity: str | None, project: str | None, sweep: str | None, table
         ],
         "tables": tables,
     }
+
+
+def sweep_states(path: str) -> tuple[dict[str, int], int | None]:
+    """(run state → count, number of runs that are expected where the sweep is a grid) of entity/project/id."""
+    import wandb
+
+    try:
+        api = wandb.Api(timeout=60)
+        entity, project, name = path.split("/")
+        states = Counter(run.state for run in api.runs(f"{entity}/{project}", filters={"sweep": name}))
+        return dict(states), api.sweep(path).expected_run_count
+    except (wandb.Error, ValueError) as error:
+        refuse(error)
 
 
 def latest_sweep(api: Any, entity: str, project: str | None) -> Any:

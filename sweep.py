@@ -1,0 +1,180 @@
+"""Runs a whole W&B sweep: server, sweep, agents, notebook; and says where to look.
+
+examples:
+  python sweep.py                                            the 32 runs of sweeps/quant_sweep.yaml on two agents
+  python sweep.py --checkpoint C --data-dir D --agents 4     the same for your checkpoint
+  python sweep.py --no-server                                on the server of WANDB_BASE_URL, else on W&B's cloud
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import tracking
+from cli import option, parse
+from errors import UserError, run_main
+from files import write_bytes
+
+ROOT = Path(__file__).resolve().parent
+POLL_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of sweep.py."""
+
+    config: Path = option(Path("sweeps/quant_sweep.yaml"), "the sweep", group="sweep")
+    agents: int = option(2, "agents side by side on this machine", low=1, high=64, group="sweep")
+    dataset: str | None = option(None, "a parameter that all runs get", group="sweep")
+    data_dir: Path | None = option(None, "a parameter that all runs get", group="sweep")
+    checkpoint: Path | None = option(None, "a parameter that all runs get", group="sweep")
+    server: bool = option(True, "use the embedded server, and start it where it does not run", group="server")
+    server_dir: Path = option(Path("sweepserver-data"), "where the embedded server keeps its data", group="server")
+    port: int = option(8085, "of the embedded server; 0: a free one", low=0, high=65535, group="server")
+    notebook: bool = option(True, "execute notebooks/analysis.ipynb on the result", group="output")
+    output: Path = option(
+        Path("runs/sweeps"), "folder for tables, plots, the notebook and the agents' logs", group="output"
+    )
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+def embedded_server(folder: Path, port: int) -> dict[str, str]:
+    """The environment that leads the W&B client to the embedded server; starts it where it does not run.
+
+    It goes on running after this program, for its pages.
+    """
+    ask = python("sweepserver", "env", "--data-dir", str(folder.resolve()))
+    answer = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
+    if answer.returncode:
+        folder.mkdir(parents=True, exist_ok=True)
+        log_path = folder / "server.log"
+        command = python("sweepserver", "--data-dir", str(folder.resolve()), "--port", str(port))
+        with open(log_path, "w") as log:
+            server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        for _ in range(60):
+            answer = subprocess.run([*ask, "--wait", "1"], cwd=ROOT, capture_output=True, text=True)
+            if answer.returncode == 0 or server.poll() is not None:
+                break
+        if answer.returncode:
+            reason = (log_path.read_text().strip().splitlines() or [f"see {log_path}"])[-1]
+            raise UserError(f"the embedded server did not start: {reason}")
+        print(f"started the embedded server; `kill {server.pid}` ends it")
+    return dict(re.findall(r"^export (\w+)=(\S+)$", answer.stdout, re.MULTILINE))
+
+
+def page(folder: Path, path: str) -> str:
+    """An address that opens the sweep's page of the embedded server once, without a login."""
+    ask = python("sweepserver", "link", "--data-dir", str(folder.resolve()))
+    link = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    entity, project, name = path.split("/")
+    return f"{link}&next=/{entity}/{project}/sweeps/{name}"
+
+
+def configured(config: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The sweep in the file, with `parameters` that all runs get."""
+    import yaml
+
+    try:
+        sweep = yaml.safe_load(config.read_text())
+        fixed = {name: {"value": tracking.simple(value)} for name, value in parameters.items() if value is not None}
+        return {**sweep, "parameters": {**sweep["parameters"], **fixed}}
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise UserError(f"--config {config} is not a sweep ({str(error).splitlines()[0]}); see sweeps/") from None
+
+
+def create(sweep: Mapping[str, Any], folder: Path) -> str:
+    """Creates the sweep with `wandb sweep`; returns entity/project/id."""
+    import yaml
+
+    path = folder / "sweep.yaml"
+    write_bytes(path, yaml.safe_dump(dict(sweep), sort_keys=False, allow_unicode=True).encode())
+    done = subprocess.run(python("wandb", "sweep", str(path.resolve())), cwd=ROOT, capture_output=True, text=True)
+    found = re.search(r"wandb agent (\S+/\S+/\S+)", done.stdout + done.stderr)
+    if done.returncode or not found:
+        raise UserError(f"wandb sweep: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
+    return found[1]
+
+
+def run_agents(path: str, count: int, folder: Path) -> None:
+    """Runs agents to the end of the sweep, with a progress bar; their output goes to files in `folder`."""
+    from tqdm import tqdm
+
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # the agents' `python`
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, **own}
+    agents = []
+    for i in range(count):
+        with open(folder / f"agent-{i + 1}.log", "w") as log:
+            command = python("wandb", "agent", "--forward-signals", path)
+            agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        with tqdm(desc="runs", unit="run", disable=None) as bar:
+            while any(agent.poll() is None for agent in agents):
+                time.sleep(POLL_SECONDS)
+                states, bar.total = tracking.sweep_states(path)
+                bar.set_postfix(states)
+                bar.update(states.get("finished", 0) - bar.n)
+    except KeyboardInterrupt:
+        for agent in agents:
+            agent.terminate()
+        for agent in agents:
+            agent.wait()
+        print(f"interrupted; the sweep goes on with: wandb agent {path}")
+        raise SystemExit(130) from None
+
+
+def execute_notebook(path: str, folder: Path) -> Path:
+    """Executes the notebook on the sweep; returns the HTML page it became."""
+    entity, project, name = path.split("/")
+    given = {"WANDB_ENTITY": entity, "WANDB_PROJECT": project, "SWEEP_ID": name}
+    html = folder / "analysis.html"
+    command = python("jupyter", "nbconvert", "--execute", "--to", "html", "--output", str(html.resolve()))
+    done = subprocess.run(
+        [*command, "notebooks/analysis.ipynb"], cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"the notebook failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return html
+
+
+def main() -> int:
+    settings = parse(Settings, __doc__, sys.argv[1:])
+    if settings.server:
+        for name in ("WANDB_ENTITY", "WANDB_MODE"):  # of another server
+            os.environ.pop(name, None)
+        os.environ.update(embedded_server(settings.server_dir, settings.port))
+    shared = {name: getattr(settings, name) for name in ("dataset", "data_dir", "checkpoint")}
+    sweep = configured(settings.config, shared)
+    path = create(sweep, settings.output)
+    folder = settings.output / path.rsplit("/", 1)[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"sweep {path}; more agents: wandb agent {path}", flush=True)
+    run_agents(path, settings.agents, folder)
+
+    results = report.fetch_sweep(*path.split("/"), cache=settings.output)
+    if len(results.frame):
+        results.frame.to_csv(folder / "results.csv", index=False)
+        report.write_plots(results.frame, folder / "parallel_coordinates.png")
+    print(f"runs: {', '.join(f'{count} {state}' for state, count in results.states.items()) or 'none'}")
+    print(f"sweep page: {page(settings.server_dir, path) if settings.server else results.url}")
+    print(f"tables, plots, agents' logs: {folder}")
+    if settings.notebook and len(results.frame):
+        print(f"notebook: {execute_notebook(path, folder)}")
+    if len(results.missing):
+        print(f"error: {len(results.missing)} points are missing; see the agents' logs", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

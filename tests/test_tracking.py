@@ -1,0 +1,272 @@
+"""tracking.py with the real W&B client, each program a process in a folder of its own, against the embedded server."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import sweepserver
+from tests.conftest import ROOT
+from tests.sweepserver_helpers import create_sweep, environment, python, wandb
+
+# What test.py does, without torch: settings, a run, curves, a row, a table, an artifact.
+PROGRAM = """
+import sys, time
+from dataclasses import dataclass
+from pathlib import Path
+import tracking
+from cli import option, parse
+from errors import run_main
+
+@dataclass(frozen=True)
+class Settings:
+    weight_quant_bits: int | None = option(None, "bits", aliases=("weight_bits",), low=2, high=8)
+    batch_size: int = option(128, "pictures at once", low=1)
+    checkpoint: Path = option(Path("checkpoint.bin"), "file")
+    output: Path = option(Path("out.txt"), "file")
+    sleep: float = option(0.0, "seconds")
+    log_wandb: bool = option(False, "report")
+
+def label(settings):
+    name = f"w{settings.weight_quant_bits or 32}-b{settings.batch_size}"
+    return tracking.Labels(name, settings.checkpoint.stem, ("a tag", "another"))
+
+def main():
+    settings = parse(Settings, "test", sys.argv[1:])
+    with tracking.run(settings, "evaluation", label, settings.log_wandb) as tracked:
+        settings = tracked.settings
+        row = {"weight_quant_bits": settings.weight_quant_bits, "batch_size": settings.batch_size, "dataset": "none",
+               "test_acc_quantized": 90.0 + (settings.weight_quant_bits or 9), "eval_seconds": float("nan")}
+        for step in (1, 2):
+            tracked.log({"val_acc": 10.0 * step, "missing": None}, step=step)
+        print("started", flush=True)
+        time.sleep(settings.sleep)
+        tracked.summary(row)
+        tracked.table("size_by_layer", [{"name": "conv", "code_bytes": 10}, {"name": "fc", "code_bytes": 20}])
+        settings.output.write_text(repr(row))
+        tracked.artifact(settings.output, "packed", row, settings.checkpoint)
+    print("imported", "wandb" in sys.modules)
+
+run_main(main)
+"""
+
+SWEEP = """
+program: program.py
+method: grid
+metric: {{name: test_acc_quantized, goal: maximize}}
+parameters: {parameters}
+command: ["${{env}}", "${{interpreter}}", "${{program}}"]
+"""
+
+READ = """
+import json, sys, wandb
+found = []
+for run in wandb.Api().runs("local/" + sys.argv[1]):
+    made = [(a.type, a.name, dict(a.metadata)) for a in run.logged_artifacts() if a.type == "model"]
+    found.append({"id": run.id, "name": run.name, "state": run.state, "group": run.group, "job_type": run.job_type,
+                  "tags": sorted(run.tags), "config": dict(run.config), "made": made,
+                  "summary": dict(run.summary._json_dict), "used": [a.name for a in run.used_artifacts()],
+                  "history": [row["val_acc"] for row in run.scan_history(keys=["val_acc", "_step"])]})
+print(json.dumps(found, default=str))
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with sweepserver.start(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+def folder_with_program(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "program.py").write_text(PROGRAM)
+    (folder / "checkpoint.bin").write_bytes(b"weights")
+    return folder
+
+
+def start(server, folder: Path, *flags: str, **extra: str) -> subprocess.Popen:
+    env = environment(server, folder, PYTHONPATH=str(ROOT), **extra)
+    command = [sys.executable, "program.py", *flags]
+    return subprocess.Popen(
+        command, cwd=folder_with_program(folder), env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def read(server, folder: Path, project: str) -> list[dict]:
+    return python(server, folder, READ, project)
+
+
+def swept(server, folder: Path, project: str, parameters: str) -> list[dict]:
+    """The runs of a sweep of the program, one agent for one run."""
+    folder_with_program(folder)
+    path = create_sweep(server, folder, SWEEP.format(parameters=parameters), project)
+    done = wandb(server, folder, "agent", "--count", "1", path, PYTHONPATH=str(ROOT))
+    (folder / "agent.txt").write_text(done.stdout)
+    return read(server, folder, project)
+
+
+def terminated(server, folder: Path, project: str) -> tuple[int, list[dict]]:
+    """Exit code and runs of a program that SIGTERM met in the middle."""
+    program = start(server, folder, "--log-wandb", "--sleep", "60", WANDB_PROJECT=project)
+    while "started" not in program.stdout.readline():
+        assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    program.communicate(timeout=60)
+    return program.returncode, read(server, folder, project)
+
+
+def finished(server, folder: Path, *flags: str, **extra: str) -> tuple[int, str]:
+    program = start(server, folder, *flags, **extra)
+    text = program.communicate(timeout=120)[0]
+    return program.returncode, text
+
+
+BAD = {
+    "unknown": {"nonsense": 1},
+    "ill_typed": {"weight_quant_bits": "four"},
+    "out_of_range": {"weight_bits": 9},
+    "twice": {"weight_bits": 4, "weight_quant_bits": 4},
+}
+
+
+def refused(server, folder: Path, parameters: dict) -> tuple[int, str]:
+    """The program as an agent would start it, with parameters that it must not take."""
+    folder.mkdir(parents=True)
+    content = {"wandb_version": 1, **{name: {"value": value} for name, value in parameters.items()}}
+    (folder / "parameters.yaml").write_text(json.dumps(content))  # JSON is YAML
+    agents = {"WANDB_SWEEP_ID": "handmade", "WANDB_SWEEP_PARAM_PATH": "parameters.yaml", "WANDB_RUN_ID": folder.name}
+    return finished(server, folder, WANDB_PROJECT="bad", **agents)
+
+
+@pytest.fixture(scope="module")
+def outcomes(server, tmp_path_factory):
+    """Every scenario, side by side: they wait more than they compute."""
+    root = tmp_path_factory.mktemp("tracking")
+    good = "{weight_bits: {value: 4}, output: {value: $WANDB_RUN_ID.txt}, checkpoint: {value: checkpoint.bin}}"
+    jobs = {
+        "plain": lambda: finished(server, root / "plain"),
+        "offline": lambda: finished(server, root / "offline", "--log-wandb", WANDB_MODE="offline"),
+        "disabled": lambda: finished(server, root / "disabled", "--log-wandb", WANDB_MODE="disabled"),
+        "online": lambda: finished(server, root / "online", "--log-wandb", "--weight-bits", "8", WANDB_PROJECT="on"),
+        "no_key": lambda: finished(server, root / "no_key", "--log-wandb", WANDB_API_KEY="", HOME=str(root)),
+        "term": lambda: terminated(server, root / "term", "term"),
+        "good": lambda: swept(server, root / "good", "good", good),
+        **{name: lambda n=name: refused(server, root / n, BAD[n]) for name in BAD},
+    }
+    with ThreadPoolExecutor(4) as pool:
+        running = {name: pool.submit(job) for name, job in jobs.items()}
+        return root, {name: job.result() for name, job in running.items()}
+
+
+def test_nothing_of_wandb_is_imported_without_asking(outcomes):
+    root, results = outcomes
+    assert results["plain"] == (0, "started\nimported False\n")
+    assert not (root / "plain" / "wandb").exists()
+
+
+def test_offline_keeps_the_run_for_later(outcomes, server):
+    root, (code, text) = outcomes[0], outcomes[1]["offline"]
+    assert code == 0 and "imported True" in text, text
+    assert "did not take the link to the checkpoint" in text  # what the mode cannot do is said, and the rest goes on
+    (kept,) = (root / "offline" / "wandb").glob("offline-run-*")
+    done = wandb(server, root / "offline", "sync", "--project", "synced", str(kept))
+    assert done.returncode == 0, done.stdout
+    (run,) = read(server, root, "synced")
+    assert run["name"] == "w32-b128" and run["history"] == [10.0, 20.0]
+    assert run["summary"]["test_acc_quantized"] == 99.0
+
+
+def test_disabled_writes_nothing(outcomes):
+    root, (code, text) = outcomes[0], outcomes[1]["disabled"]
+    assert code == 0 and "imported True" in text and "warning" not in text, text
+    assert not list(root.glob("disabled/wandb/*run-*"))
+
+
+def test_a_missing_key_is_one_line(outcomes):
+    code, text = outcomes[1]["no_key"]
+    assert code == 2
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert "WANDB_API_KEY" in line and "started" not in text
+
+
+def test_a_run_holds_row_table_artifact_and_labels(outcomes, server):
+    root, (code, text) = outcomes[0], outcomes[1]["online"]
+    assert code == 0 and "warning" not in text, text
+    (run,) = read(server, root, "on")
+    assert (run["name"], run["group"], run["job_type"]) == ("w8-b128", "checkpoint", "evaluation")
+    assert run["tags"] == ["a tag", "another"] and run["state"] == "finished"
+    expected = {"weight_quant_bits": 8, "batch_size": 128, "dataset": "none", "test_acc_quantized": 98.0}
+    assert expected.items() <= run["summary"].items()
+    assert run["summary"]["size_by_layer"]["nrows"] == 2
+    assert run["history"] == [10.0, 20.0] and "missing" not in run["summary"]
+    assert run["config"]["batch_size"] == 128 and run["config"]["checkpoint"] == "checkpoint.bin"
+    ((kind, name, metadata),) = run["made"]
+    assert (kind, name) == ("model", "packed:v0") and metadata["test_acc_quantized"] == 98.0
+    assert [used.split(":")[0] for used in run["used"]] == ["checkpoint"]
+
+
+def test_a_sweeps_parameters_override_settings(outcomes):
+    root, (run,) = outcomes[0], outcomes[1]["good"]
+    assert (run["name"], run["state"]) == ("w4-b128", "finished")
+    assert run["summary"]["test_acc_quantized"] == 94.0
+    assert run["config"]["weight_quant_bits"] == run["config"]["weight_bits"] == 4
+    assert (root / "good" / f"{run['id']}.txt").exists() and not (root / "good" / "out.txt").exists()
+
+
+@pytest.fixture(scope="module")
+def bad_runs(outcomes, server):
+    return {run["id"]: run for run in read(server, outcomes[0], "bad")}
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("unknown", ["nonsense", "known ones are", "batch_size"]),
+        ("ill_typed", ["--weight-quant-bits", "four", "whole number"]),
+        ("out_of_range", ["--weight-quant-bits", "9", "at most 8"]),
+        ("twice", ["--weight-quant-bits", "twice"]),
+    ],
+)
+def test_a_bad_configuration_is_refused_by_name_and_fails(outcomes, bad_runs, name, words):
+    code, text = outcomes[1][name]
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert code == 2 and all(word in line for word in words), line
+    assert "started" not in text
+    run = bad_runs[name]
+    assert run["state"] == "failed" and words[0] in run["summary"]["error"]
+    assert "test_acc_quantized" not in run["summary"]
+
+
+def test_sigterm_marks_the_run_as_preempted(outcomes):
+    code, (run,) = outcomes[1]["term"]
+    assert code == 128 + signal.SIGTERM
+    assert run["state"] == "preempted"
+
+
+def test_only_tracking_imports_wandb():
+    found = [
+        path.name for path in ROOT.glob("*.py") for line in path.read_text().splitlines()
+        if line.strip().startswith(("import wandb", "from wandb"))
+    ]  # fmt: skip
+    assert set(found) == {"tracking.py"}
+
+
+def test_latest_sweep_is_found_without_a_name(outcomes, server):
+    root, _ = outcomes
+    program = "import json, tracking; print(json.dumps(tracking.read_sweep(None, None, None, 'size_by_layer', 'b')))"
+    env = dict(PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, cwd=root, env=environment(server, root, **env, WANDB_PROJECT="good"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["path"].startswith("local/good/") and found["state"] == "FINISHED"
+    assert [run["config"]["weight_bits"] for run in found["runs"]] == [4]
+    assert found["tables"] == {"32": [{"name": "conv", "code_bytes": 10}, {"name": "fc", "code_bytes": 20}]}
+    assert os.fspath(root) not in done.stdout
