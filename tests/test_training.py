@@ -1,0 +1,460 @@
+"""Training: schedule, averages, and above all that a run cut anywhere ends as the uninterrupted one, to the bit."""
+
+import copy
+import dataclasses
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint as checkpoints
+import data
+import pace
+import train
+import training
+from data import Augmentation, Normalization, Split
+from errors import UserError
+from evaluation import choose_device, normalized, score
+from interrupts import Interrupted
+from models import Architecture, MobileNetV2
+from training import Recipe
+from traininglog import Epoch, open_log
+
+# 44 of the 48 training pictures of the fixture remain after --val-size 5 is cut to a tenth of them: 3 steps an epoch.
+FAST = dict(width_mult=0.1, batch_size=14, epochs=3, lr=0.05, progressive_sizes=(8,), val_size=5)
+
+
+def settings(pictures: Path, folder: Path, **changes) -> train.Settings:
+    return train.Settings(data_dir=pictures, save_path=folder / "net.safetensors", **{**FAST, **changes})
+
+
+def log_rows(folder: Path) -> list[list[str]]:
+    """The log without the last column (images/s), which is measured."""
+    lines = (folder / "training_log.txt").read_text().splitlines()
+    return [line.split()[:-1] for line in lines if line[0].isdigit()]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    first, second = (checkpoints.load(folder / "net.safetensors") for folder in (one, other))
+    for name in first.state:
+        assert torch.equal(first.state[name], second.state[name]), name
+    times = ("minutes", "command")
+    assert [v for k, v in first.metrics.items() if k not in times] == [
+        v for k, v in second.metrics.items() if k not in times
+    ]
+    assert log_rows(one) == log_rows(other)
+
+
+# ------------------------------------------------------------------------------------------------ cut and resumed runs
+
+VARIANTS = {
+    "plain": {},
+    "all": dict(ema_decay=0.9, dropout=0.3, progressive_sizes=(8, 16), cutout=8, eval_every=2),
+    "last": dict(val_size=0, scheduler="constant", momentum=0.0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_cut_at_every_second_step_ends_with_the_same_bits(tmp_path, pictures, monkeypatch, variant):
+    one, other = tmp_path / "one", tmp_path / "other"
+    train.train(settings(pictures, one, **VARIANTS[variant]))
+    learning_rate, steps = training.learning_rate, 0
+
+    def cut(done, recipe):
+        nonlocal steps
+        steps += 1
+        if steps % 2 == 0:
+            os.kill(os.getpid(), signal.SIGTERM if steps % 4 else signal.SIGINT)
+        return learning_rate(done, recipe)
+
+    monkeypatch.setattr(training, "learning_rate", cut)
+    cuts = 0
+    for _ in range(40):
+        try:
+            train.train(settings(pictures, other, resume=True, **VARIANTS[variant]))
+            break
+        except Interrupted:
+            cuts += 1
+    assert cuts >= 4
+    assert_same_end(one, other)
+
+
+def test_a_run_cut_during_an_evaluation_ends_with_the_same_bits(tmp_path, pictures, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    train.train(settings(pictures, one))
+    plain = train.score
+    cut = []
+
+    def cut_score(forward, *rest):
+        if len(cut) < 3:
+            cut.append(os.kill(os.getpid(), signal.SIGTERM))
+        return plain(forward, *rest)
+
+    monkeypatch.setattr(train, "score", cut_score)
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            train.train(settings(pictures, other, resume=True))
+    train.train(settings(pictures, other, resume=True))
+    assert_same_end(one, other)
+
+
+def test_a_real_process_killed_and_stopped_goes_on_with_the_same_bits(tmp_path, pictures):
+    """SIGKILL, then SIGTERM at moments that nobody chose; then, in this process, to the end."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    changes = dict(epochs=9, ema_decay=0.9, dropout=0.2)
+    train.train(settings(pictures, one, **changes))
+    wanted = settings(pictures, other, resume=True, **changes)
+    argv = [sys.executable, "train.py", *train.to_argv(wanted)]
+    moments = random.Random(time.time_ns())
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        log, before = other / "training_log.txt", len(log_rows(other)) if other.exists() else 0
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (log.exists() and len(log_rows(other)) > before):
+            time.sleep(0.005)
+        time.sleep(0.2 * moments.random())
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) in ((code, ""), (0, ""))  # 0: it was done before the signal
+        checkpoints.load(other / "net.safetensors")
+    train.train(wanted)
+    assert_same_end(one, other)
+
+
+def test_a_kill_between_checkpoint_log_and_state_is_made_good(tmp_path, pictures, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    train.train(settings(pictures, one))
+    saves, save_state = [], train.save_state
+
+    def killed(run):
+        saves.append(run.state.epoch)
+        if len(saves) == 3:  # the state at the start, after epoch 1, and this one
+            raise ZeroDivisionError  # as if killed: nothing after this line happens
+        save_state(run)
+
+    monkeypatch.setattr(train, "save_state", killed)
+    with pytest.raises(ZeroDivisionError):
+        train.train(settings(pictures, other))
+    assert len(log_rows(other)) == 2
+    train.train(settings(pictures, other, resume=True))
+    assert_same_end(one, other)
+
+
+def test_resume_says_what_does_not_fit(tmp_path, pictures, monkeypatch, capsys):
+    state = tmp_path / "net.safetensors.resume"
+    train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+    assert "nothing to resume" in capsys.readouterr().out
+
+    saved = (tmp_path / "net.safetensors").read_bytes()
+    train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+    assert "this run is finished" in capsys.readouterr().out
+    assert (tmp_path / "net.safetensors").read_bytes() == saved
+    with pytest.raises(UserError, match="--epochs 1, not 2; give the same settings"):
+        train.train(settings(pictures, tmp_path, epochs=2, resume=True))
+
+    monkeypatch.setattr(train, "save_finished", lambda _: None)
+    train.train(settings(pictures, tmp_path, epochs=1))
+    for name, value in (("lr", 0.1), ("batch_size", 5), ("ema_decay", 0.5), ("progressive_sizes", (8, 16))):
+        with pytest.raises(UserError, match=f"--resume: .*{train.flag(name)} "):
+            train.train(settings(pictures, tmp_path, **{"epochs": 1, name: value}, resume=True))
+    with pytest.raises(UserError, match="--resume: .* is of other pictures"):
+        pixels = data.load("folder", pictures)
+        monkeypatch.setattr(
+            data,
+            "load",
+            lambda *_: dataclasses.replace(pixels, train=Split(255 - pixels.train.images, pixels.train.labels)),
+        )
+        train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(UserError, match="resume cannot be read .*delete it"):
+        train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+
+
+def test_a_lost_checkpoint_is_said_and_a_new_one_saved(tmp_path, pictures, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "next_epoch", lambda state: os.kill(os.getpid(), signal.SIGTERM) or next_epoch(state))
+        with pytest.raises(Interrupted):
+            train.train(settings(pictures, tmp_path))
+    (tmp_path / "net.safetensors").unlink()
+    saved = train.train(settings(pictures, tmp_path, resume=True))
+    assert "the best checkpoint so far is lost" in capsys.readouterr().out
+    assert saved.metrics == checkpoints.load(tmp_path / "net.safetensors").metrics
+
+
+next_epoch = training.next_epoch
+
+
+# ----------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_the_best_epoch_on_validation_is_saved_and_its_figures_are_true(tmp_path, pictures):
+    rows: list[Epoch] = []
+    learning = dict(epochs=6, batch_size=8, lr=0.02, progressive_sizes=(), ema_decay=0.8)
+    saved = train.train(settings(pictures, tmp_path, **learning), on_epoch=rows.append)
+    assert rows[-1].train_acc > 80 and rows[-1].train_loss < rows[0].train_loss  # the classes differ in brightness
+    best = max(rows, key=lambda row: (row.val.accuracy, -row.epoch))
+    assert (saved.metrics["epoch"], saved.metrics["val_acc"]) == (best.epoch, best.val.accuracy)
+    loaded = checkpoints.load(tmp_path / "net.safetensors")
+    test = data.load("folder", pictures).test
+    again = score(normalized(checkpoints.build_model(loaded), loaded.normalization), test, 5, "cpu")
+    assert again.accuracy == saved.metrics["test_acc"] == best.test.accuracy
+    assert math.isclose(again.loss, best.test.loss, rel_tol=1e-4)
+    lines = (tmp_path / "training_log.txt").read_text().splitlines()
+    assert lines[0] == f"# {saved.metrics['command']}" and len(lines) == 2 + 6
+    assert lines[2:] == [row.line() for row in rows]
+    assert all(len(line.split()) == len(lines[1].split()) for line in lines[2:])
+
+
+def test_without_validation_the_last_epoch_is_saved(tmp_path, pictures):
+    saved = train.train(settings(pictures, tmp_path, val_size=0, eval_every=2))
+    assert (saved.metrics["epoch"], saved.metrics["val_acc"]) == (3, None)
+    assert [row[-2:] for row in log_rows(tmp_path)][0] == ["-", "-"]
+
+
+def test_means_of_an_epoch_cut_by_the_clock_are_over_the_pictures_seen(tmp_path, pictures):
+    rows: list[Epoch] = []
+    recipe = dict(lr=0.0, max_minutes=1e-6, pad=0, flip=False, warmup_epochs=0.0)
+    saved = train.train(settings(pictures, tmp_path, **recipe), on_epoch=rows.append)
+    assert [row.epoch for row in rows] == [1] and saved.metrics["epoch"] == 1
+    run = train.start(settings(pictures, tmp_path, dataset="folder", **recipe), Recipe(**{}), torch.device("cpu"), None)
+    order, _ = data.epoch_draws(len(run.train), 0, 0, "cpu")
+    batch = run.train[order[:14]]  # one step was done
+    x = torch.nn.functional.interpolate(run.normalization(batch.images), (8, 8), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        logits = run.state.model.train()(x)
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels, label_smoothing=0.1)
+    assert math.isclose(rows[0].train_loss, float(expected), rel_tol=1e-4)
+    assert math.isclose(rows[0].train_acc, 100 * float((logits.argmax(1) == batch.labels).float().mean()), abs_tol=0.01)
+
+
+def test_divergence_is_one_line_and_keeps_the_checkpoint(tmp_path, pictures, run_main):
+    train.train(settings(pictures, tmp_path, epochs=1))
+    before = (tmp_path / "net.safetensors").read_bytes()
+    wild = settings(pictures, tmp_path, lr=1e30, warmup_epochs=0.0)
+    code, _, err = run_main(train, *train.to_argv(wild))
+    assert code == 2 and err.startswith("error: training diverged in epoch ") and err.count("\n") == 1
+    assert "--lr" in err and (tmp_path / "net.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--save-path {tmp}/file/net.pth", "cannot write {tmp}/file/net.pth"),
+        ("--save-path {tmp}", "cannot write {tmp}: it is a folder"),
+        ("--log-file {tmp}/file/log.txt", "cannot write {tmp}/file/log.txt"),
+        ("--epochs 2 --warmup-epochs 2", "--warmup-epochs is 2.0; expected less than --epochs 2"),
+        ("--device cuda", "--device cuda cannot be used here"),
+        ("--device meta", "--device is 'meta'; expected cpu, cuda"),
+        ("--dataset folder --data-dir {tmp}", "{tmp}/train is missing"),
+        ("--dataset mnist", "--dataset is 'mnist'; expected one of"),
+        ("--checkpoint {tmp}/none.pth", "{tmp}/none.pth does not exist"),
+        ("--checkpoint {tmp}/file", "{tmp}/file is not a checkpoint"),
+        ("--checkpoint {tmp}/file --pretrained", "choose one"),
+        ("--pretrained --width-mult 0.5", "--pretrained has weights for --width-mult 1.0 only"),
+    ],
+)
+def test_bad_input_is_one_line_before_the_first_step(tmp_path, pictures, run_main, flags, message):
+    if "--device cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    (tmp_path / "file").write_text("hello")
+    line = f"--data-dir {pictures} --save-path {tmp_path}/net.pth {flags}".format(tmp=tmp_path)
+    code, _, err = run_main(train, *line.split())
+    assert code == 2 and err.count("\n") == 1
+    assert message.format(tmp=tmp_path) in err and err.startswith("error: ")
+    assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
+def test_starting_from_a_checkpoint(tmp_path, pictures, capsys):
+    torch.manual_seed(5)
+    for classes, width in ((3, 0.1), (10, 0.1), (3, 0.2)):
+        model = MobileNetV2(Architecture(classes, width))
+        names = tuple(f"class{i}" for i in range(classes))
+        saved = checkpoints.Checkpoint(
+            model.architecture, model.state_dict(), "folder", names, Normalization((1, 2, 3), 9.0), {}
+        )
+        checkpoints.save(saved, tmp_path / f"{classes}-{width}.pth")
+    still = dict(lr=0.0, epochs=1)
+    for first, same in (("3-0.1", True), ("10-0.1", False)):
+        path = tmp_path / f"{first}.pth"
+        end = train.train(settings(pictures, tmp_path, checkpoint=path, **still))
+        begin = checkpoints.load(path)
+        assert end.normalization == begin.normalization
+        assert torch.equal(end.state["features.0.0.weight"], begin.state["features.0.0.weight"])
+        assert ("the classifier starts anew" in capsys.readouterr().out) != same
+        assert torch.equal(end.state["classifier.1.weight"], begin.state["classifier.1.weight"]) if same else True
+    with pytest.raises(UserError, match="3-0.2.pth does not fit a network of width 0.1"):
+        train.train(settings(pictures, tmp_path, checkpoint=tmp_path / "3-0.2.pth", **still))
+
+
+def test_the_readmes_line_parses():
+    line = (
+        "--data-dir ./data --batch-size 128 --epochs 300 --lr 0.03 --scheduler cosine --pretrained "
+        "--save-path ./checkpoints/mnv2_cifar10_fp32_best.pth"
+    )
+    parsed = train.parse(train.Settings, "", line.split())
+    assert parsed == train.Settings(
+        lr=0.03, pretrained=True, save_path=Path("checkpoints/mnv2_cifar10_fp32_best.pth"), data_dir=Path("data")
+    )
+    assert parsed == train.parse(train.Settings, "", line.replace("-size", "_size").replace("-path", "_path").split())
+
+
+# -------------------------------------------------------------------------------------------------- pieces of a step
+
+
+def test_learning_rate_and_picture_size_by_hand():
+    recipe = Recipe(epochs=10, warmup_epochs=2, lr=1.0)
+    assert training.learning_rate(0.1, recipe) == pytest.approx(0.5)
+    assert training.learning_rate(0.2, recipe) == 1.0
+    assert training.learning_rate(0.6, recipe) == pytest.approx(0.5)
+    assert training.learning_rate(1.0, recipe) == pytest.approx(0.0)
+    assert training.learning_rate(0.9, dataclasses.replace(recipe, scheduler="constant")) == 1.0
+    assert training.learning_rate(0.0, dataclasses.replace(recipe, warmup_epochs=0.0)) == 1.0
+    sized = dataclasses.replace(recipe, progressive_sizes=(16, 24, 32))
+    assert [training.picture_size(done, sized, 32) for done in (0, 0.33, 0.34, 0.66, 0.67, 1.0)] == [
+        16,
+        16,
+        24,
+        24,
+        32,
+        32,
+    ]
+    assert training.picture_size(0.0, recipe, 28) == 28
+
+
+def test_progress_is_by_epochs_or_by_the_clock_whichever_is_further():
+    state = training.State(None, None, None, epoch=2, step=5, seconds=90.0)
+    assert training.progress(state, Recipe(epochs=10), steps=10) == 0.25
+    assert training.progress(state, Recipe(epochs=10, max_minutes=2), steps=10) == 0.75
+    assert training.progress(state, Recipe(epochs=10, max_minutes=100), steps=10) == 0.25
+    assert training.progress(state, Recipe(epochs=10, max_minutes=1), steps=10) == 1.0
+
+
+def test_batches_of_an_epoch_are_whole():
+    assert [training.steps_per_epoch(n, 10) for n in (1, 9, 10, 11, 19, 20, 21)] == [1, 1, 1, 1, 1, 2, 2]
+
+
+def test_one_step_is_pytorchs_sgd_by_hand():
+    """Weight decay on matrices only, Nesterov momentum, label smoothing, normalised pictures, channels_last."""
+    torch.manual_seed(0)
+    model = MobileNetV2(Architecture(4, 0.1))
+    split = Split(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.randint(0, 4, (6,)))
+    recipe = Recipe(
+        epochs=1, batch_size=6, lr=0.1, warmup_epochs=0.0, weight_decay=0.2, augmentation=Augmentation(0, False, 0)
+    )
+    hand = copy.deepcopy(model).double().train()
+    model = model.double()  # batch norm over 6 values magnifies rounding
+    state = training.start(model, recipe, torch.device("cpu"))
+    training.train_epoch(state, split, recipe, Normalization(), lambda x: model(x.double()), lambda: None)
+
+    order, _ = data.epoch_draws(6, recipe.seed, 0, "cpu")
+    x = (split.images[order].double() - torch.tensor([125.0, 123, 114]).view(1, 3, 1, 1)) / 64
+    log_p = hand(x).log_softmax(1)
+    target = torch.full((6, 4), 0.1 / 4).scatter_add_(1, split.labels[order, None], torch.full((6, 1), 0.9))
+    (-(target.double() * log_p).sum(1).mean()).backward()
+    for (name, theirs), mine in zip(hand.named_parameters(), model.parameters(), strict=True):
+        gradient = theirs.grad + (0.2 * theirs.detach() if theirs.ndim > 1 else 0)
+        expected = theirs.detach() - 0.1 * (gradient + 0.9 * gradient)
+        torch.testing.assert_close(mine.detach(), expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_average_is_the_recurrence():
+    torch.manual_seed(0)
+    model = MobileNetV2(Architecture(4, 0.1))
+    average = copy.deepcopy(model)
+    pairs = training.average_pairs(average, model)
+    expected = {name: t.double() for name, t in model.state_dict().items() if t.is_floating_point()}
+    for step in range(5):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.add_(1)
+        training.update_average(pairs, 0.3, step)
+        decay = min(0.3, (1 + step) / (10 + step))
+        now = model.state_dict()
+        expected = {name: decay * old + (1 - decay) * now[name].double() for name, old in expected.items()}
+    mine = average.state_dict()
+    assert all(torch.allclose(mine[name].double(), value, atol=1e-5) for name, value in expected.items())
+
+
+def test_score_against_a_plain_loop():
+    torch.manual_seed(0)
+    split = Split(torch.randint(0, 256, (23, 3, 4, 4), dtype=torch.uint8), torch.randint(0, 5, (23,)))
+    weight = torch.randn(48, 5)
+
+    def forward(images):
+        return images.float().flatten(1) / 255 @ weight
+
+    logits = forward(split.images)
+    right = sum(int(row.argmax()) == label for row, label in zip(logits, split.labels.tolist(), strict=True))
+    loss = sum(-math.log(row.softmax(0)[label]) for row, label in zip(logits, split.labels.tolist(), strict=True))
+    got = score(forward, split, 10, "cpu")
+    assert got.count == 23 and got.accuracy == pytest.approx(100 * right / 23) and got.loss == pytest.approx(loss / 23)
+
+
+def test_no_step_waits_for_the_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA: asks it to refuse every synchronisation within a step")
+    device = choose_device("cuda")
+    recipe = Recipe(epochs=1, batch_size=8, ema_decay=0.9, augmentation=Augmentation(4, True, 8), bf16=True)
+    split = Split(torch.zeros(32, 3, 32, 32, dtype=torch.uint8), torch.zeros(32, dtype=torch.int64)).to(device)
+    state = training.start(MobileNetV2(Architecture(10, 0.1)), recipe, device)
+    seen = []
+
+    def strict() -> None:  # from the first step's end to the last step's
+        seen.append(state.step)
+        torch.cuda.set_sync_debug_mode("error" if state.step < 4 else "default")
+
+    training.train_epoch(state, split, recipe, Normalization(), state.model, strict)
+    assert seen == [1, 2, 3, 4]
+
+
+# -------------------------------------------------------------------------------------------------- time left, log
+
+
+def test_the_time_left_is_true_for_dearer_sizes_and_evaluations():
+    """A run is played with known costs; the estimate is exact at every moment."""
+    work = pace.Work(epochs=6, epoch_costs=(1.0, 3.0, 5.0), evaluation_cost=0.5, eval_every=4)
+    moments, clock = [], 0.0
+    for epoch in range(6):
+        for part in (0.25, 0.5, 0.75, 1.0):
+            clock += (1.0, 3.0, 5.0)[epoch // 2] / 4
+            moments.append((clock, work.done(epoch, part)))
+        if epoch in (3, 5):
+            for part in (0.5, 1.0):
+                clock += 0.25
+                moments.append((clock, work.done(epoch, 1.0, part)))
+    assert work.total == pytest.approx(clock) and work.done(6) == pytest.approx(clock)
+    begin_clock, begin = moments[4]  # a run resumed here knows nothing of the time before
+    for now, done in moments[5:]:
+        left = pace.seconds_left(work, begin, done, 2 * (now - begin_clock))
+        assert left == pytest.approx(2 * (clock - now))
+    assert pace.seconds_left(work, begin, begin, 1.0) is None
+
+
+def test_measuring_costs_changes_nothing():
+    torch.manual_seed(0)
+    model = MobileNetV2(Architecture(4, 0.1), dropout=0.5)
+    before, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    costs = pace.size_costs(model, (8, 32), batch_size=16)
+    assert len(costs) == 2 and 0 < costs[0] < costs[1]
+    assert torch.equal(numbers, torch.get_rng_state()) and model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert pace.size_costs(model, (32,), 16) == (1.0,)
+
+
+def test_the_log_keeps_other_runs_and_cuts_only_its_own(tmp_path):
+    path = tmp_path / "log.txt"
+    for command in ("a", "b"):
+        with open_log(path, command, 0) as log:
+            log.write("1 x\n2 x\n10 x\n")
+    with open_log(path, "b", 1) as log:
+        log.write("2 new\n")
+    columns = "epoch lr train_loss train_acc val_loss val_acc test_loss test_acc images_per_second"
+    lines = path.read_text().splitlines()
+    assert lines == ["# a", columns, "1 x", "2 x", "10 x", "# b", columns, "1 x", "2 new"]
