@@ -156,7 +156,8 @@ def main() -> int:
                 ok &= rows["whole"]
                 print(f"{args.rows} history rows (real client): in {rows['wrote']:.1f} s, scan_history out "
                       f"{rows['scan']:.1f} s, of one key {rows['scan_keys']:.1f} s, 500 samples "
-                      f"{rows['sampled']:.2f} s, all there: {rows['whole']}; memory {memory(server.pid)[1]:.0f} MB at most")
+                      f"{rows['sampled']:.2f} s, all there: {rows['whole']}; "
+                      f"memory {memory(server.pid)[1]:.0f} MB at most")
             if args.real:
                 real = real_runs(server, folder, 2, args.real)
                 ok &= real["once"] and real["finished"]

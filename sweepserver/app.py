@@ -111,7 +111,7 @@ class Server:
             answer = walker.execute(asked["query"], variables, nodes.roots(), asked.get("operationName") or "")
         except walker.Refused as refusal:
             return refusal.status, _dumps({"errors": [{"message": str(refusal)}], "data": None})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever it is
             log.exception("a request could not be answered")
             return 200, _dumps({"errors": [{"message": f"bad request: {type(error).__name__}: {error}"}], "data": None})
         return 200, _dumps(answer)
@@ -125,6 +125,13 @@ class Server:
         run = found and self.runs.get(found["id"], name)
         if not run:
             return 404, {"error": "run not found"}
+        try:
+            self._streamed(run, asked)
+        except (AttributeError, TypeError, ValueError) as error:  # parts of another shape than the client's
+            return 400, {"error": f"the body is no file stream: {error}"}
+        return 200, {"stopped": bool(run["stop_at"]), "exitcode": None, "limits": {}}
+
+    def _streamed(self, run, asked: dict) -> None:
         with self.store.write():
             if run["state"] == "crashed" and "exitcode" not in asked:
                 self.scheduler.revive(run)
@@ -134,7 +141,6 @@ class Server:
                 self.store.update("run", run["id"], preempting=1)
             if asked.get("complete") or asked.get("exitcode") is not None:
                 self.scheduler.complete(run, int(asked.get("exitcode") or 0))
-        return 200, {"stopped": bool(run["stop_at"]), "exitcode": None, "limits": {}}
 
 
 def build(settings: Settings) -> Starlette:
@@ -157,7 +163,11 @@ def build(settings: Settings) -> Starlette:
             return JSONResponse({"error": "this upload address is unknown or has expired"}, 403)
         if int(request.headers.get("content-length") or 0) > server.files.limit:
             raise TooLarge
-        stored = await server.files.put(what["owner"], what["name"], request.stream(), what.get("md5"))
+        try:
+            stored = await server.files.put(what["owner"], what["name"], request.stream(), what.get("md5"))
+        except OSError:  # a full disk: a 5xx would only make the client repeat it
+            log.exception("a file could not be stored")
+            stored = False
         return Response(status_code=200 if stored else 400)
 
     async def download(request: Request) -> Response:

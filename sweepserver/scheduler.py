@@ -35,7 +35,7 @@ class Rules:
 class Scheduler:
     def __init__(self, store: Store, runs: Runs, rules: Rules):
         self.store, self.runs, self.rules = store, runs, rules
-        self.started = now()  # nobody could be heard before
+        self.started = self.looked = now()  # nobody could be heard before
         self._checked: dict[str, float] = {}
 
     # -- sweeps ---------------------------------------------------------------------------------------------------
@@ -278,6 +278,9 @@ class Scheduler:
     def check_silent(self, sweep_id: str | None = None) -> None:
         """Gives up the runs that neither they nor their agent gave a sign of for `agent_timeout` seconds."""
         limit = now() - self.rules.agent_timeout
+        if now() - self.looked > 10:  # looked every 2 s: the server itself was asleep, as on a laptop that was closed
+            self.started = now()
+        self.looked = now()
         if self.started > limit:
             return
         where, values = ("AND sweep=?", (sweep_id,)) if sweep_id else ("", ())

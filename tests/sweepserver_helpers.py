@@ -34,7 +34,7 @@ def environment(server, folder: Path, **extra: str) -> dict[str, str]:
 
 def wandb(server, folder: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess:
     """`wandb ...` to its end; stdout and stderr come together."""
-    return subprocess.run([sys.executable, "-m", "wandb", *arguments], cwd=folder, text=True, timeout=120,
+    return subprocess.run([sys.executable, "-m", "wandb", *arguments], cwd=folder, text=True, timeout=240,
                           env=environment(server, folder, **extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -48,7 +48,7 @@ def agent(server, folder: Path, path: str, *flags: str) -> subprocess.Popen:
 def python(server, folder: Path, program: str, *arguments: str) -> dict:
     """Runs a program with the real client; answers the JSON of its last line of output."""
     done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=folder, capture_output=True, text=True,
-                          timeout=120, env=environment(server, folder, WANDB_SILENT="true"))
+                          timeout=240, env=environment(server, folder, WANDB_SILENT="true"))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -75,10 +75,10 @@ def found(server, tmp_path_factory):
             (folder / "program.py").write_text(PROGRAM)
             (folder / "slow.py").write_text(SLOW)
             futures[name] = pool.submit(scenario, server, folder)
-        yield lambda name: futures[name].result(timeout=170)
+        yield lambda name: futures[name].result(timeout=400)
 
 
-def wait_for(what, seconds: float = 60.0):
+def wait_for(what, seconds: float = 120.0):
     end = time.monotonic() + seconds
     while not (value := what()):
         assert time.monotonic() < end, "waited too long"
@@ -230,13 +230,13 @@ def controlled(server, folder):
     assert wandb(server, folder, "sweep", "--resume", path).returncode == 0
     wait_for(lambda: len(list(folder.glob("began-*"))) > before)
     assert wandb(server, folder, "sweep", "--cancel", path).returncode == 0
-    finish([worker], 60)
+    finish([worker], 100)
     seen["cancelled"] = (direct.state(name, "control"), grid_of(server, path))
     other = create_sweep(server, folder, SWEEP, "control")
     (folder / "sweep.yaml").write_text(SWEEP.replace("[1, 2]", "[1, 2, 3]"))
     seen["update"] = wandb(server, folder, "sweep", "--update", other, "sweep.yaml").returncode
     assert wandb(server, folder, "sweep", "--stop", other).returncode == 0
-    finish([agent(server, folder, other)], 60)
+    finish([agent(server, folder, other)], 100)
     seen["stopped"] = (direct.state(other.split("/")[2], "control"), grid_of(server, other))
     seen["twice"] = wandb(server, folder, "sweep", "--stop", other).stdout
     return seen

@@ -309,12 +309,16 @@ def test_bodies_are_bounded(direct):
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"nonsense", b'{"query": 3}', b'{"query": "{ x"}', b"\xff\xfe",
+                                  b'{"query": "{ viewer { ...F } } fragment F on User { id ...F }"}',
+                                  b'{"files": []}', b'{"files": {"output.log": 3}}', b'{"exitcode": "x"}',
                                   b'{"query": "{ project { run { id } } }", "variables": [1]}',
                                   b'{"query": "mutation { createAgent(input: 3) { agent { id } } }"}'])
 def test_nonsense_never_gets_a_5xx(direct, body):
     status, _, text = direct.request("POST", "/graphql", body)
     assert status in (200, 400) and json.loads(text)["errors"]
     assert direct.request("POST", "/files/local/p/none/file_stream", body)[0] in (400, 404)
+    direct.begin("nonsense")
+    assert direct.request("POST", "/files/local/p/nonsense/file_stream", body)[0] in (200, 400)
 
 
 def test_an_unknown_operation_is_an_error_with_status_200(direct):
