@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+import equalization
 import rounding
-from network import Network, Op, apply_float, walk
+from network import Network, Op, apply_float, relu6, run_float, walk
 from quantization import (
     Grid,
     Layer,
@@ -46,6 +47,7 @@ class Plan:
     percentile: float = 99.99
     rounding: str = "nearest"
     bias_correction: bool = False
+    equalize: bool = False
     edge_bits: int | None = None
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     value_bits: Mapping[str, int] = field(default_factory=dict)
@@ -94,7 +96,7 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
     per_chunk = max(1, sample * CHUNK // max(len(images), CHUNK))
 
     def do(op: Op, inputs: list[Tensor]) -> Tensor:
-        y = apply_float(op, inputs, network.weights.get(op.name), network.biases.get(op.name))
+        y = run_float(network, op, inputs)
         flat = y.permute(0, 2, 3, 1).reshape(-1) if y.ndim == 4 else y.reshape(-1)
         low, high = (float(v) for v in flat.aminmax())
         lows[op.name], highs[op.name] = min(low, lows.get(op.name, low)), max(high, highs.get(op.name, high))
@@ -133,6 +135,8 @@ def quantize_network(
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> QuantizedNetwork:
     """The quantized network; `images`: uint8 [N, 3, H, W], training pictures. `on_layer(name)` tells progress."""
+    if plan.equalize and plan.activation_bits:
+        network = equalized(network, images, plan)
     grids = activation_grids(network, observe(network, images), plan) if plan.activation_bits else {}
     quantized = replace(
         float_network(network),
@@ -143,6 +147,25 @@ def quantize_network(
         layers = round_layers(network, quantized, images, plan, on_layer)
         quantized = replace(quantized, layers=layers)
     return quantized
+
+
+@torch.inference_mode()
+def equalized(network: Network, images: Tensor, plan: Plan, pictures: int = 256, sample: int = 2048) -> Network:
+    """The same function with channels of about equal range; `sample` numbers of each channel decide."""
+    generator = torch.Generator().manual_seed(0)
+    samples: dict[str, Tensor] = {}
+
+    def do(op: Op, inputs: list[Tensor]) -> Tensor:
+        y = run_float(network, op, inputs)
+        if y.ndim == 4:
+            channels = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+            picks = torch.randint(len(channels), (min(sample, len(channels)),), generator=generator)
+            samples[op.name] = channels[picks].T.contiguous()
+        return y
+
+    walk(network.ops, network.normalization(images[:pictures]), do)
+    bits = {op.name: plan.bits_of_value(op, network.ops) for op in network.ops if op.name in samples}
+    return equalization.equalize(network, equalization.channel_factors(network, samples, bits))
 
 
 @dataclass(frozen=True)
@@ -175,7 +198,7 @@ def round_layers(
                 part = rounding.moments(op, inputs[0].quantized[i][:take], y[:take], tuple(weight.shape[2:]))
                 sums = part if sums is None else sums + part
                 y = y + bias.view(-1, *(1,) * (y.ndim - 2))
-            results.append(y.clamp_(0, 6) if op.relu6 else y)
+            results.append(relu6(y, network.caps.get(op.name)) if op.relu6 else y)
         if op.has_weight:
             layers[op.name] = round_layer(op, layers[op.name], weight, bias, sums, plan)
             on_layer(op.name)

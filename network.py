@@ -49,13 +49,17 @@ class Op:
 
 @dataclass(frozen=True)
 class Network:
-    """ops in order; weights: name → [out, in/groups, kh, kw] or [out, in]; biases: name → [out]. All FP32."""
+    """ops in order; weights: name → [out, in/groups, kh, kw] or [out, in]; biases: name → [out]. All FP32.
+
+    caps: name → [out], where ReLU6 ends at other numbers than 6, one a channel (equalization.py).
+    """
 
     architecture: Architecture
     normalization: Normalization
     ops: tuple[Op, ...]
     weights: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
+    caps: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def op(self, name: str) -> Op:
         return next(op for op in self.ops if op.name == name)
@@ -132,11 +136,13 @@ def walk(ops: Sequence[Op], first: Value, do: Callable[[Op, list[Value]], Value]
     return result
 
 
-def apply_float(op: Op, inputs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """One operation in floating point on real values."""
+def apply_float(
+    op: Op, inputs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, cap: Tensor | None = None
+) -> Tensor:
+    """One operation in floating point on real values. cap: [out], the end of ReLU6 for each channel if not 6."""
     if op.kind == "conv":
         y = F.conv2d(inputs[0], weight, bias, op.stride, op.padding, groups=op.groups)
-        return y.clamp_(0, 6) if op.relu6 and not y.requires_grad else y.clamp(0, 6) if op.relu6 else y
+        return relu6(y, cap) if op.relu6 else y
     if op.kind == "linear":
         return F.linear(inputs[0], weight, bias)
     if op.kind == "pool":
@@ -144,13 +150,26 @@ def apply_float(op: Op, inputs: Sequence[Tensor], weight: Tensor | None, bias: T
     return inputs[0] + inputs[1]
 
 
+def relu6(y: Tensor, cap: Tensor | None = None) -> Tensor:
+    """min(max(y, 0), 6), or `cap` [out] in the place of 6; y [N, out, h, w]; in place where no gradient needs y."""
+    if cap is not None:
+        return torch.minimum(y.clamp(min=0), cap.view(-1, 1, 1))
+    return y.clamp(0, 6) if y.requires_grad else y.clamp_(0, 6)
+
+
 def forward(network: Network, images: Tensor) -> Tensor:
     """FP32 logits [B, classes] of uint8 pictures [B, 3, H, W]."""
 
     def do(op: Op, inputs: list[Tensor]) -> Tensor:
-        return apply_float(op, inputs, network.weights.get(op.name), network.biases.get(op.name))
+        return run_float(network, op, inputs)
 
     return walk(network.ops, network.normalization(images), do)
+
+
+def run_float(network: Network, op: Op, inputs: Sequence[Tensor]) -> Tensor:
+    """One operation of the FP32 network."""
+    parameters = (getattr(network, field).get(op.name) for field in ("weights", "biases", "caps"))
+    return apply_float(op, inputs, *parameters)
 
 
 def to_device(network: Network, device: torch.device | str) -> Network:
