@@ -67,7 +67,7 @@ class Tracked(Untracked[Settings]):
         self.run = wandb_run
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        self.run.log({name: value for name, value in values.items() if value is not None}, step=step)
+        self.run.log({name: value for name, value in values.items() if value is not None}, step=step, commit=True)
 
     def summary(self, row: Mapping[str, Any]) -> None:
         self.run.summary.update({name: simple(value) for name, value in row.items()})

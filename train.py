@@ -24,6 +24,7 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 import data
 import pace
+import tracking
 import training
 from checkpoint import Checkpoint
 from cli import flag, option, parse, to_argv
@@ -95,10 +96,13 @@ class Settings:
         None, "one line an epoch (default: training_log.txt beside the checkpoint)", group="files"
     )
     resume: bool = option(False, "go on from the state saved beside the checkpoint, if there is one", group="files")
+    log_wandb: bool = option(False, "report to Weights & Biases (under `wandb agent` by itself)", group="W&B")
+    log_artifact: bool = option(False, "upload the best checkpoint as an artifact", group="W&B")
 
 
 # Settings that may differ between the parts of a resumed run: they do not decide its result.
 FREE = {"data_dir", "eval_every", "max_minutes", "device", "compile", "save_path", "log_file", "resume"}
+FREE |= {"log_wandb", "log_artifact"}
 
 
 @dataclass(frozen=True)
@@ -337,7 +341,13 @@ def make_checkpoint(run: Run, row: Epoch) -> Checkpoint:
 
 def command(settings: Settings) -> str:
     """The command line of these settings (without --resume: it is one run, however often it was cut)."""
-    return shlex.join(["python", "train.py", *to_argv(dataclasses.replace(settings, resume=False))])
+    return shlex.join(
+        [
+            "python",
+            "train.py",
+            *to_argv(dataclasses.replace(settings, resume=False, log_wandb=False, log_artifact=False)),
+        ]
+    )
 
 
 # --------------------------------------------------------------------------------------------- the files of a run
@@ -416,10 +426,30 @@ def log_path(settings: Settings) -> Path:
     return settings.log_file or settings.save_path.parent / "training_log.txt"
 
 
+def label(settings: Settings) -> tracking.Labels:
+    """How W&B shows the run: by what is searched over, grouped by data set."""
+    numbers = f"lr{settings.lr:.3g}-wd{settings.weight_decay:.3g}-ls{settings.label_smoothing:.3g}"
+    dataset = settings.dataset or data.default_name(settings.data_dir)
+    return tracking.Labels(f"width{settings.width_mult:g}-{numbers}-s{settings.seed}", dataset, ("FP32",))
+
+
+def curves(row: Epoch) -> dict[str, float | None]:
+    """One point of W&B's curves; None where the epoch was not evaluated."""
+    losses = {f"{name}_loss": part and part.loss for name, part in (("val", row.val), ("test", row.test))}
+    accuracies = {f"{name}_acc": part and part.accuracy for name, part in (("val", row.val), ("test", row.test))}
+    train_row = {n: getattr(row, n) for n in ("epoch", "lr", "train_loss", "train_acc", "images_per_second")}
+    return {**train_row, **losses, **accuracies}
+
+
 def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     try:
-        checkpoint = train(settings)
+        with tracking.run(settings, "training", label, settings.log_wandb) as tracked:
+            settings = tracked.settings
+            checkpoint = train(settings, lambda row: tracked.log(curves(row), row.epoch))
+            tracked.summary({name: checkpoint.metrics[name] for name in ("epoch", "val_acc", "test_acc", "minutes")})
+            if settings.log_artifact:
+                tracked.artifact(settings.save_path, settings.save_path.stem, checkpoint.metrics, settings.checkpoint)
     except Interrupted as stop:
         print(f"interrupted; the state is saved in {resume_path(settings)}: the same command with --resume goes on")
         return 128 + stop.number

@@ -41,7 +41,8 @@ def main():
     with tracking.run(settings, "evaluation", label, settings.log_wandb) as tracked:
         settings = tracked.settings
         row = {"weight_quant_bits": settings.weight_quant_bits, "batch_size": settings.batch_size, "dataset": "none",
-               "test_acc_quantized": 90.0 + (settings.weight_quant_bits or 9), "eval_seconds": float("nan")}
+               "test_acc_quantized": 90.0 + (settings.weight_quant_bits or 9), "eval_seconds": float("nan"),
+               "val_acc": 99.5}
         for step in (1, 2):
             tracked.log({"val_acc": 10.0 * step, "missing": None}, step=step)
         print("started", flush=True)
@@ -203,6 +204,7 @@ def test_a_run_holds_row_table_artifact_and_labels(outcomes, server):
     expected = {"weight_quant_bits": 8, "batch_size": 128, "dataset": "none", "test_acc_quantized": 98.0}
     assert expected.items() <= run["summary"].items()
     assert run["summary"]["size_by_layer"]["nrows"] == 2
+    assert run["summary"]["val_acc"] == 99.5  # the final number, not the last one of the curve
     assert run["history"] == [10.0, 20.0] and "missing" not in run["summary"]
     assert run["config"]["batch_size"] == 128 and run["config"]["checkpoint"] == "checkpoint.bin"
     ((kind, name, metadata),) = run["made"]
