@@ -248,3 +248,16 @@ def test_figures_hold_what_the_rows_hold():
                                                    for i, r in enumerate(rows())], "acc")["data"])
     assert figures.parallel([], "acc") is None and figures.heatmap(rows()[:1], "acc") is None
     assert figures.pareto([], "acc") is None
+
+
+def test_a_sweep_of_bit_widths_is_drawn_with_the_projects_own_figures():
+    report = pytest.importorskip("report")
+    bits = [{**row, "config": row["params"], "values": {**row["values"], "test_acc_quantized": 90 + i,
+                                                       "model_size_fp32_mb": 9.0, "test_acc_fp32": 94.0,
+                                                       "compression_ratio_model": 4.0}} for i, row in enumerate(rows())]
+    drawn = figures.draw(bits, "test_acc_quantized", "maximize")
+    frame = report.to_frame([{**row["config"], **row["values"]} for row in bits])
+    want = json.loads(report.heatmap_figure(frame).to_json())
+    assert drawn["heatmap"]["data"] == want["data"]
+    assert {"Pareto front", "FP32"} <= {trace.get("name") for trace in drawn["pareto"]["data"]}
+    assert figures.draw(rows(), "acc", "maximize")["heatmap"]["data"][0]["x"] == ["4", "8"]  # any other: our own
