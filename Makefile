@@ -1,0 +1,38 @@
+# make demo    a small model trained on an embedded data set, a grid of bit widths, results.csv and two plots
+# make sweep   the same grid as a sweep with the real W&B client on the embedded server (AGENTS=2 DATA=… CHECKPOINT=…)
+# make test    the test suite
+# make lint    ruff
+PYTHON ?= python3
+BIN := .venv/bin
+AGENTS ?= 2
+DATA ?= runs/demo/data
+CHECKPOINT ?= runs/demo/mnv2_digits.safetensors
+
+.PHONY: setup demo sweep test lint clean
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+runs/demo/mnv2_digits.safetensors: .venv/.installed
+	$(BIN)/python train.py --dataset digits --data-dir runs/demo/data --width-mult 0.35 --batch-size 64 --epochs 12 \
+	  --lr 0.05 --save-path $@
+
+demo: runs/demo/mnv2_digits.safetensors
+	$(BIN)/python test.py --checkpoint runs/demo/mnv2_digits.safetensors --data-dir runs/demo/data --again \
+	  --weight-bits 8,6,4,2 --act-bits 8,6,4,2 --calib-batches 2 --output results.csv --plot parallel_coordinates.png
+
+sweep: .venv/.installed $(filter runs/demo/%,$(CHECKPOINT))
+	$(BIN)/python sweep.py --agents $(AGENTS) --data-dir $(DATA) --checkpoint $(CHECKPOINT)
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf runs results.csv parallel_coordinates.png parallel_coordinates.html

@@ -1,0 +1,90 @@
+"""Post-training quantization of a whole network: what a plan promises, and that better methods are better."""
+
+import dataclasses
+
+import pytest
+import torch
+from networks import random_model
+
+from calibration import METHODS, Plan, method_plan, observe, quantize_network
+from data import Normalization
+from network import INPUT, fold_batch_norm, forward, run_float, walk
+from quantization import predictor
+
+
+@pytest.fixture(scope="module")
+def case():
+    """(network, calibration pictures, other pictures, their FP32 logits)."""
+    network = fold_batch_norm(random_model(0.1, gains=(0.3, 1.0)), Normalization())
+    smooth = torch.nn.functional.interpolate(torch.rand(160, 3, 6, 6) * 255, (32, 32), mode="bilinear")
+    images = smooth.to(torch.uint8)
+    with torch.no_grad():
+        return network, images[:96], images[96:], forward(network, images[96:])
+
+
+def logit_error(case, plan):
+    network, calibration, images, expected = case
+    return float((predictor(quantize_network(network, calibration, plan))(images) - expected).square().mean())
+
+
+def test_better_methods_are_better(case):
+    plans = {m: method_plan(m, 3, 8)[0] for m in ("plain", "nearest", "gptq", "cd")}
+    plans["corrected"] = dataclasses.replace(plans["cd"], bias_correction=True)
+    errors = {name: logit_error(case, plan) for name, plan in plans.items()}
+    assert errors["gptq"] < errors["nearest"] and errors["cd"] < errors["nearest"]
+    assert errors["corrected"] < errors["plain"]
+
+
+def test_more_bits_are_better(case):
+    errors = [logit_error(case, Plan(bits, bits)) for bits in (8, 6, 4, 2)]
+    assert errors == sorted(errors) and errors[0] < 0.1 * errors[3]
+
+
+@pytest.mark.parametrize("method", ["auto", *METHODS])
+def test_every_method_keeps_the_promised_bits(case, method):
+    network, calibration, _, _ = case
+    plan = dataclasses.replace(method_plan(method, 4, 4)[0], edge_bits=None)
+    quantized = quantize_network(network, calibration[:16], plan)
+    assert {layer.grid.bits for layer in quantized.layers.values()} == {4}
+    assert {grid.bits for grid in quantized.activations.values()} == {4}
+    assert set(quantized.activations) == {op.name for op in network.ops[:-1]}
+    assert all(torch.equal(layer.bias, layer.bias.half().float()) for layer in quantized.layers.values())
+
+
+def test_exceptions_to_the_bits(case):
+    network, calibration, _, _ = case
+    first, last = network.ops[0].name, network.ops[-1].name
+    middle = network.weighted[5].name
+    plan = Plan(2, 3, edge_bits=8, layer_bits={middle: 5}, value_bits={middle: 6})
+    quantized = quantize_network(network, calibration[:16], plan)
+    bits = {name: layer.grid.bits for name, layer in quantized.layers.items()}
+    assert (bits[first], bits[last], bits[middle]) == (8, 8, 5)
+    assert set(bits.values()) == {2, 5, 8}
+    values = {name: grid.bits for name, grid in quantized.activations.items()}
+    assert (values["pool"], values[middle]) == (8, 6) and set(values.values()) == {3, 6, 8}
+
+
+def test_nothing_quantized_is_fp32(case):
+    network, calibration, images, expected = case
+    torch.testing.assert_close(predictor(quantize_network(network, calibration, Plan()))(images), expected)
+
+
+def test_the_same_again_is_the_same(case):
+    network, calibration, images, _ = case
+    plan = method_plan("auto", 2, 4)[0]
+    twice = [predictor(quantize_network(network, calibration[:32], plan))(images) for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+def test_observed_extremes_are_exact(case):
+    network, calibration, _, _ = case
+    seen, low = observe(network, calibration), {}
+
+    def do(op, inputs):
+        y = run_float(network, op, inputs)
+        low[op.name] = float(y.min())
+        return y
+
+    walk(network.ops, network.normalization(calibration), do)
+    assert set(seen) == set(low) and INPUT not in seen
+    assert all(abs(seen[name].low - low[name]) < 1e-4 for name in low)

@@ -1,0 +1,31 @@
+"""results.csv: rows stay, points are found again, foreign files are left alone."""
+
+import pytest
+
+import results
+from errors import UserError
+
+
+def row(**changes):
+    return {name: name for name in results.COLUMNS} | {"weight_quant_bits": 4, "activation_quant_bits": None} | changes
+
+
+def test_rows_are_kept_and_found(tmp_path):
+    path = tmp_path / "deep" / "results.csv"
+    assert results.read(path) == []
+    results.append(path, row(test_acc_quantized=91.23456789))
+    results.append(path, row(weight_quant_bits=8))
+    rows = results.read(path)
+    assert [r["weight_quant_bits"] for r in rows] == ["4", "8"]
+    assert rows[0]["activation_quant_bits"] == "" and rows[0]["test_acc_quantized"] == "91.2346"
+    assert results.has(rows, row()) and not results.has(rows, row(weight_quant_bits=6))
+    assert results.has(rows, row(eval_seconds=3)) and not results.has(rows, row(seed=5))
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b""])
+def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
+    path = tmp_path / "results.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="--output"):
+        results.append(path, row())
+    assert path.read_bytes() == content
