@@ -1,0 +1,181 @@
+"""The whole way: sweep.py starts the embedded server, the real client sweeps test.py on digits, the notebook reads it.
+
+What comes back through `wandb.Api()` must equal what test.py writes without W&B.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import yaml
+
+import sweepserver
+from tests.conftest import ROOT
+from tests.sweepserver_helpers import environment, python
+
+NOTEBOOK = ROOT / "notebooks" / "analysis.ipynb"
+TIMES = {"calib_seconds", "eval_seconds", "images_per_second"}  # differ between two measurements of one thing
+NOBODY = SimpleNamespace(env={})
+
+READ = """
+import json, sys, wandb
+sweep = wandb.Api().sweep(sys.argv[1])
+runs = [{"name": run.name, "state": run.state, "group": run.group, "job_type": run.job_type,
+         "summary": dict(run.summary._json_dict), "models": [a.type for a in run.logged_artifacts()].count("model"),
+         "used": len(list(run.used_artifacts()))} for run in sweep.runs]
+print(json.dumps({"state": sweep.state, "best": sweep.best_run().name, "runs": runs}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small network that has learned something of the digits."""
+    import train
+
+    path = tmp_path_factory.mktemp("trained") / "small.safetensors"
+    train.train(
+        train.Settings(dataset="digits", data_dir=path.parent / "data", width_mult=0.1, epochs=3, batch_size=32,
+                       eval_every=3, save_path=path)
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(checkpoint, tmp_path_factory):
+    """sweep.py's 2 x 2 sweep with two agents, and the same four points from test.py alone."""
+    root = tmp_path_factory.mktemp("sweep")
+    env = environment(NOBODY, root)
+    data = ["--dataset", "digits", "--data-dir", str(checkpoint.parent / "data"), "--checkpoint", str(checkpoint)]
+    quantization = {"rounding": "nearest", "calib_batches": 2}
+    config = yaml.safe_load((ROOT / "sweeps" / "quant_sweep.yaml").read_text())
+    config["parameters"] = {
+        "weight_quant_bits": {"values": [4, 8]},
+        "activation_quant_bits": {"values": [4, 8]},
+        "output": {"value": f"{root}/row-$WANDB_RUN_ID.csv"},
+        "log_artifact": {"value": True},
+        **{name: {"value": value} for name, value in quantization.items()},
+    }
+    (root / "sweep.yaml").write_text(yaml.safe_dump(config))
+
+    flags = [word for name, value in quantization.items() for word in (f"--{name}", str(value))]
+    files = ["--output", str(root / "direct.csv"), "--plot", str(root / "direct.png")]
+    grid = ["test.py", "--weight-bits", "4,8", "--act-bits", "4,8", *flags, *files]
+    direct = subprocess.run([sys.executable, *grid, *data], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert direct.returncode == 0, direct.stderr
+
+    places = ["--server-dir", str(root / "server"), "--port", "0", "--output", str(root / "out")]
+    command = [sys.executable, "sweep.py", "--config", str(root / "sweep.yaml"), *data, *places]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    ready = sweepserver.read_ready(root / "server")
+    try:
+        assert done.returncode == 0, done.stdout + done.stderr + logs(root)
+        path = next(line.split()[1].strip(";") for line in done.stdout.splitlines() if line.startswith("sweep local/"))
+        server = SimpleNamespace(env={"WANDB_BASE_URL": ready["url"], "WANDB_API_KEY": ready["key"]})
+        found = python(server, root, READ, path)
+        yield SimpleNamespace(root=root, text=done.stdout, path=path, server=server, found=found)
+    finally:
+        if ready:
+            os.kill(ready["pid"], signal.SIGTERM)
+
+
+def logs(root: Path) -> str:
+    return "".join(path.read_text()[-3000:] for path in root.glob("out/*/agent-*.log"))
+
+
+def rows(path: Path) -> dict[tuple[int, int], dict[str, str]]:
+    with open(path) as file:
+        found = list(csv.DictReader(file))
+    return {(int(float(row["weight_quant_bits"])), int(float(row["activation_quant_bits"]))): row for row in found}
+
+
+def test_each_point_ran_once_and_finished(swept):
+    assert swept.found["state"] == "FINISHED"
+    assert sorted(run["name"] for run in swept.found["runs"]) == ["w4a4-b256", "w4a8-b256", "w8a4-b256", "w8a8-b256"]
+    assert {run["state"] for run in swept.found["runs"]} == {"finished"}
+
+
+def test_what_comes_back_equals_test_py_without_wandb(swept):
+    direct = rows(swept.root / "direct.csv")
+    assert len(direct) == 4 and len({row["test_acc_quantized"] for row in direct.values()}) > 1
+    for run in swept.found["runs"]:
+        summary = run["summary"]
+        row = direct.pop((summary["weight_quant_bits"], summary["activation_quant_bits"]))
+        for name, text in row.items():
+            if name in TIMES:
+                assert summary[name] >= 0
+            elif isinstance(summary[name], float):
+                assert float(text) == float(f"{summary[name]:.6g}"), name  # the file holds six digits
+            else:
+                assert text == str(summary[name]), name
+    assert not direct
+
+
+def test_the_best_run_is_the_most_accurate(swept):
+    best = max(swept.found["runs"], key=lambda run: run["summary"]["test_acc_quantized"])
+    score = {run["name"]: run["summary"]["test_acc_quantized"] for run in swept.found["runs"]}
+    assert score[swept.found["best"]] == best["summary"]["test_acc_quantized"]
+
+
+def test_runs_are_grouped_and_hold_the_packed_model_and_its_checkpoint(swept, checkpoint):
+    import checkpoint as checkpoints
+
+    for run in swept.found["runs"]:
+        assert (run["group"], run["job_type"]) == (checkpoints.short_hash(checkpoint), "evaluation")
+        assert (run["models"], run["used"]) == (1, 1)
+
+
+def test_the_size_table_adds_up_to_the_file(swept):
+    kept = json.loads(next((swept.root / "out").glob("sweep-*.json")).read_text())
+    packed = {str(r["summary"]["weight_quant_bits"]): r["summary"]["packed_bytes"] for r in kept["runs"]}
+    assert set(kept["tables"]) == {"4", "8"}
+    for bits, table in kept["tables"].items():
+        total = sum(value for row in table for name, value in row.items() if name.endswith("_bytes"))
+        # activation grids take a few bytes more or less with their bits, so the two runs at these bits may differ
+        assert total == pytest.approx(packed[bits], rel=0.02)
+
+
+def test_everything_it_names_is_there(swept):
+    folder = swept.root / "out" / swept.path.rsplit("/", 1)[1]
+    names = {"results.csv", "parallel_coordinates.png", "parallel_coordinates.html", "analysis.html", "agent-1.log"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert set(rows(folder / "results.csv")) == {(4, 4), (4, 8), (8, 4), (8, 8)}
+    link = next(line.split()[-1] for line in swept.text.splitlines() if line.startswith("sweep page: "))
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    with opener.open(link, timeout=30) as page:
+        assert page.status == 200 and page.url.endswith(f"/sweeps/{swept.path.rsplit('/', 1)[1]}")
+    html = (folder / "analysis.html").read_text()
+    assert "the grid is complete" in html and "parcoords" in html and "w8a8" in html
+
+
+def test_the_notebook_finds_the_latest_sweep_and_runs_headless(swept, monkeypatch):
+    from nbclient import NotebookClient
+
+    for name, value in environment(swept.server, swept.root).items():
+        monkeypatch.setenv(name, value)
+    for name in ("SWEEP_ID", "WANDB_ENTITY", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    notebook = nbformat.read(NOTEBOOK, 4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(NOTEBOOK.parent))
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = json.dumps(outputs)
+    assert swept.path in text and "4 finished" in text and "the grid is complete" in text
+    figures = [o for o in outputs if "Plotly.newPlot" in o.get("data", {}).get("text/html", "")]
+    assert len(figures) == 4  # parallel coordinates, accuracy against size, heat map, size by layer
+    assert "not run" in text  # w6a8 was no point of this sweep, and the table of configurations says so
+
+
+def test_the_notebook_is_thin_and_committed_clean():
+    notebook = nbformat.read(NOTEBOOK, 4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) < 25 and "def " not in cell.source
+            assert all(output.output_type != "error" for output in cell.outputs)
