@@ -4,9 +4,11 @@ The first columns are the project's; those behind them say by which method the r
 same bits are two rows. An empty bits column means 32 (FP32).
 """
 
+import contextlib
 import csv
+import fcntl
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +69,28 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds one row; the file is replaced in one step, so it is whole at any moment."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(read(path))
-    writer.writerow({name: text(row[name]) for name in COLUMNS})
-    write_bytes(Path(path), out.getvalue().encode())
+    """Adds one row; the file is replaced in one step, so it is whole at any moment. Agents side by side take turns."""
+    with locked(path):
+        out = io.StringIO()
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(read(path))
+        writer.writerow({name: text(row[name]) for name in COLUMNS})
+        write_bytes(Path(path), out.getvalue().encode())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file beside `path`; the system lets go of it when the process ends, however it ends."""
+    lock = Path(path).with_name(f".{Path(path).name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}); give another file") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def text(value: Any) -> str:

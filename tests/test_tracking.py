@@ -250,6 +250,20 @@ def test_sigterm_marks_the_run_as_preempted(outcomes):
     assert run["state"] == "preempted"
 
 
+def test_agents_side_by_side_lose_no_row(tmp_path):
+    program = (
+        "import sys, results\n"
+        "for i in range(20): results.append('rows.csv', {n: f'{sys.argv[1]}-{i}' for n in results.COLUMNS})"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = [subprocess.Popen([sys.executable, "-c", program, str(i)], cwd=tmp_path, env=env) for i in range(4)]
+    assert [process.wait(60) for process in running] == [0] * 4
+    import results
+
+    found = sorted(row["dataset"] for row in results.read(tmp_path / "rows.csv"))
+    assert found == sorted(f"{process}-{i}" for process in range(4) for i in range(20))
+
+
 def test_only_tracking_imports_wandb():
     found = [
         path.name for path in ROOT.glob("*.py") for line in path.read_text().splitlines()
