@@ -36,6 +36,7 @@ from .store import Store, clean, now
 
 log = logging.getLogger("sweepserver")
 BODY_LIMIT = 64 * 2**20  # bytes of a GraphQL document or a file stream
+DRAIN = 4 * 2**20  # bytes of a refused upload that are read and thrown away
 SESSION = 30 * 86400  # seconds that a page cookie lasts
 LINK = 3600  # seconds that an unused login link lasts
 CSP = ("default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
@@ -162,6 +163,11 @@ def build(settings: Settings) -> Starlette:
         if what is None:
             return JSONResponse({"error": "this upload address is unknown or has expired"}, 403)
         if int(request.headers.get("content-length") or 0) > server.files.limit:
+            drained = 0  # a client that is cut off while it still sends sees a broken pipe, not the 413
+            async for chunk in request.stream():
+                drained += len(chunk)
+                if drained > DRAIN:
+                    break
             raise TooLarge
         try:
             stored = await server.files.put(what["owner"], what["name"], request.stream(), what.get("md5"))

@@ -95,16 +95,20 @@ def pareto(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict | 
 
 
 def heatmap(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict | None:
-    """The best metric for each pair of two parameters: weight x activation bits, else the first two that vary."""
+    """The best metric for each pair of two parameters: weight x activation bits, else the first two that vary.
+
+    Where one of the two has many values (a random search), a point a run, coloured by the metric.
+    """
     rows = [row for row in rows if number(row["values"].get(metric))]
     names = varying(rows)
     y = next((name for name in ROWS if name in names), None)
     x = next((name for name in COLUMNS if name in names), None)
     if not (x and y):
-        few = [name for name in names if len({str(row["params"].get(name)) for row in rows}) <= 24]
-        if len(few) < 2:
+        if len(names) < 2:
             return None
-        y, x = few[:2]
+        y, x = sorted(names, key=lambda name: len({str(row["params"].get(name)) for row in rows}), reverse=True)[:2]
+        if len({str(row["params"].get(y)) for row in rows}) > 12:
+            return _cloud(rows, x, y, metric, goal)
     pick = max if goal == "maximize" else min
     cells: dict[tuple, list[float]] = {}
     for row in rows:
@@ -118,6 +122,25 @@ def heatmap(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict |
              "hovertemplate": f"{short(y)} %{{y}}<br>{short(x)} %{{x}}<br>{short(metric)} %{{z:.5g}}<extra></extra>"}
     return {"data": [trace], "layout": {"xaxis": {"title": {"text": short(x)}, "type": "category"}, "height": 380,
                                         "yaxis": {"title": {"text": short(y)}, "type": "category"},
+                                        "margin": {"l": 60, "r": 20, "t": 36, "b": 50}}}
+
+
+def _cloud(rows: Sequence[dict], x: str, y: str, metric: str, goal: str) -> dict:
+    def axis(name):
+        values = [row["params"].get(name) for row in rows]
+        title = {"title": {"text": short(name)}}
+        if not all(number(v) for v in values):
+            return [short(str(v)) for v in values], {**title, "type": "category"}
+        return values, {**title, "type": "log"} if min(values) > 0 and max(values) > 100 * min(values) else title
+
+    (xs, x_axis), (ys, y_axis) = axis(x), axis(y)
+    scores = [row["values"][metric] for row in rows]
+    marker = {"size": 13, "color": scores, "colorscale": SCALE, "reversescale": goal == "minimize", "showscale": True,
+              "colorbar": {"thickness": 10, "outlinewidth": 0}, "line": {"width": 1, "color": "white"}}
+    trace = {"type": "scatter", "mode": "markers", "x": xs, "y": ys, "marker": marker,
+             "text": [label(row) for row in rows], "customdata": scores,
+             "hovertemplate": f"%{{text}}<br>{short(metric)} %{{customdata:.5g}}<extra></extra>"}
+    return {"data": [trace], "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 380,
                                         "margin": {"l": 60, "r": 20, "t": 36, "b": 50}}}
 
 

@@ -41,7 +41,7 @@ class Runs:
         return base64.b64encode(f"Run:{run['id']}:{run['name']}".encode()).decode()
 
     def create(self, project: int, name: str, **columns) -> int:
-        columns.setdefault("display_name", _display_name(name))
+        columns.setdefault("display_name", display_name(name))
         return self.store.insert("run", project=project, name=name, created=now(), heartbeat=now(), **columns)
 
     def upsert(self, project: int | None, given: dict):
@@ -296,6 +296,7 @@ def spread(rows: list, samples: int) -> list:
     return [rows[round(i * (len(rows) - 1) / (samples - 1))] for i in range(samples)]
 
 
-def _display_name(seed: str) -> str:
+def display_name(seed: str, rest: str | None = None) -> str:
+    """quiet-river-12, or quiet- and `rest`."""
     rng = random.Random(seed)
-    return f"{rng.choice(_ADJECTIVES.split())}-{rng.choice(_NOUNS.split())}-{rng.randint(1, 999)}"
+    return f"{rng.choice(_ADJECTIVES.split())}-{rest or f'{rng.choice(_NOUNS.split())}-{rng.randint(1, 999)}'}"

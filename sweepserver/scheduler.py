@@ -13,7 +13,7 @@ import secrets
 import string
 from dataclasses import dataclass
 
-from .runs import Runs
+from .runs import Runs, display_name
 from .search import BadSweep, Search, bayes_point, parse_sweep, random_point, runs_to_stop
 from .store import Store, now, parsed
 from .walker import Refused
@@ -184,8 +184,8 @@ class Scheduler:
         self.store.update("point", point["id"], status="out")
         name = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
         count = self.store.value("SELECT COUNT(*) FROM run WHERE sweep=?", sweep["id"])
-        self.runs.create(sweep["project"], name, state="pending", sweep=sweep["id"], agent=agent_id,
-                         point=point["id"], config=json.dumps(values), display_name=f"sweep-{sweep['id']}-{count + 1}")
+        self.runs.create(sweep["project"], name, state="pending", sweep=sweep["id"], agent=agent_id, point=point["id"],
+                         config=json.dumps(values), display_name=display_name(name, f"sweep-{count + 1}"))
         self.store.update("sweep", sweep["id"], state="RUNNING")
         program = str(search.config.get("program") or "")
         return [{"type": "run", "run_id": name, "program": program, "args": values}]

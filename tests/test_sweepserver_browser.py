@@ -121,7 +121,7 @@ def test_the_pages_draw_sort_and_refresh(server, browser, sweep):
     assert browser.run("document.querySelector('.facts').innerText.replace(/\\s+/g, ' ')").startswith(
         "Done 10 of 12 Running 1 Failed 1")
     heat = browser.run("document.querySelector('[data-figure=heatmap]').data[0].z.flat()")
-    assert len([value for value in heat if value is not None]) == 4  # two times two values: "<i>p</i>" and a
+    assert len([value for value in heat if value is not None]) == 6  # three values of w times two of "<i>p</i>"
     assert browser.run("document.querySelector('[data-figure=pareto]').data[1].x") == [0.5, 1, 2]
     column = "[...document.querySelectorAll('#runs thead th')].findIndex(h => h.textContent == 'score')"
     cells = f"[...document.querySelectorAll('#runs tbody tr')].map(r => r.cells[{column}].dataset.value)"
