@@ -105,6 +105,9 @@ FREE = {"data_dir", "eval_every", "max_minutes", "device", "compile", "save_path
 FREE |= {"log_wandb", "log_artifact"}
 
 
+FINISHED_BYTES = 10_000  # the file that stands for a finished run is smaller, one with weights is larger
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run works with. train, val, test lie on the device; state is what changes; digest is that of train."""
@@ -196,7 +199,7 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
     dataset = data.load(settings.dataset, settings.data_dir)
     rest, val = data.stratified_split(dataset.train, min(settings.val_size, len(dataset.train) // 10), settings.seed)
     model, normalization = first_model(settings, dataset, rest, saved)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # what is reported as FP32 is FP32
     run = Run(
         settings,
         recipe,
@@ -251,7 +254,7 @@ def describe(run: Run, device: torch.device, resumed: bool) -> None:
         print(f"goes on in epoch {state.epoch + 1} at step {state.step + 1}, from {path}")
     elif settings.resume:
         print(f"nothing to resume ({path} does not exist): starts at epoch 1")
-    elif path.exists() and not torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("finished"):
+    elif path.exists() and path.stat().st_size > FINISHED_BYTES:
         print(f"starts at epoch 1 and overwrites {path}; --resume would have gone on from it")
 
 

@@ -162,7 +162,6 @@ def copy_bandwidth(device: torch.device) -> float:
 def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     device = choose_device(settings.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     kinds = {"ours": our_steps(settings, device), "plain": plain_steps(settings, device)}
     speeds: dict[str, list[float]] = {name: [] for name in kinds}
     for steps in kinds.values():

@@ -175,6 +175,7 @@ def test_resume_says_what_does_not_fit(tmp_path, pictures, monkeypatch, capsys):
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(UserError, match="resume cannot be read .*delete it"):
         train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+    train.train(settings(pictures, tmp_path, epochs=1))  # a damaged state does not keep a new run from starting
 
 
 def test_a_lost_checkpoint_is_said_and_a_new_one_saved(tmp_path, pictures, monkeypatch, capsys):
