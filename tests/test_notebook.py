@@ -157,7 +157,7 @@ def test_the_notebook_ran_headless_and_shows_every_figure(swept):
     """sweep.py executed it with `jupyter nbconvert --execute`, in a kernel of its own."""
     html = (swept.root / "out" / swept.path.rsplit("/", 1)[1] / "analysis.html").read_text()
     shown = html[html.index("Which sweep") :]  # behind plotly.js
-    assert swept.path in shown and "4 finished" in shown and "&#39;none: the grid is complete&#39;" in shown
+    assert swept.path in shown and "4 finished" in shown and ">'none: the grid is complete'<" in shown
     plots = shown.count("Plotly.newPlot(")
     assert plots == 4  # parallel coordinates, accuracy against size, heat map, size by layer
     for kind in ("parcoords", "heatmap"):  # each plot's template names them once, and one plot is of that kind
