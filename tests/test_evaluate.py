@@ -1,0 +1,131 @@
+"""test.py from the command line: one row per evaluation, grids that go on, packed files, and clear refusals."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from networks import random_model
+
+import checkpoint as checkpoints
+import results
+from data import Normalization
+
+
+@pytest.fixture(scope="module")
+def program():
+    """test.py as a module; by its path, for Python has a package `test` of its own."""
+    spec = importlib.util.spec_from_file_location("evaluate_program", ROOT / "test.py")
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(program, run_main, pictures, tmp_path, monkeypatch):
+    """Calls test.py on a random three-class network with its data and results in temporary folders."""
+    monkeypatch.chdir(tmp_path)
+    model = random_model(0.1, classes=3)
+    classes = ("class0", "class1", "class2")
+    content = checkpoints.Checkpoint(model.architecture, model.state_dict(), "folder", classes, Normalization(), {})
+    checkpoints.save(content, tmp_path / "c.safetensors")
+
+    def run(*argv, checkpoint=True, data=True):
+        first = ["--checkpoint", "c.safetensors"] * checkpoint + ["--data-dir", str(pictures)] * data
+        return run_main(program, *first, *argv)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags,bits",
+    [
+        ([], ("", "")),
+        (["--weight_quant_bits", "4", "--weight-per-channel"], ("4", "")),
+        (["--activation_quant_bits", "8"], ("", "8")),
+        (["--weight-bits=3", "--act_bits", "5", "--weight-per-tensor", "--rounding", "plain"], ("3", "5")),
+        (["--weight-bits", "32", "--entropy"], ("", "")),
+    ],
+)
+def test_one_evaluation_is_one_row(call, flags, bits):
+    code, out, _ = call(*flags)
+    (row,) = results.read(Path("results.csv"))
+    assert code == 0 and "test_acc_quantized" in out
+    assert (row["weight_quant_bits"], row["activation_quant_bits"]) == bits
+    assert row["weight_per_channel"] == str("--weight-per-tensor" not in flags)
+    assert float(row["acc_drop"]) == pytest.approx(float(row["test_acc_fp32"]) - float(row["test_acc_quantized"]), 1e-3)
+    if bits == ("", ""):
+        assert float(row["acc_drop"]) == 0
+
+
+def test_a_grid_goes_on_where_it_stopped(call, program, monkeypatch):
+    grid = ["--weight_bits", "8,2", "--act_bits", "8,4", "--calib_batches", "1", "--rounding", "nearest"]
+    evaluate, calls = program.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(program, "evaluate", interrupted)
+    assert call(*grid)[0] == 130
+    assert len(results.read(Path("results.csv"))) == 2
+    assert call(*grid)[0] == 0
+    assert len(calls) == 3 + 2
+    rows = results.read(Path("results.csv"))
+    bits = {(r["weight_quant_bits"], r["activation_quant_bits"]) for r in rows}
+    assert len(rows) == 4 and bits == set(itertools.product("82", "84"))
+    assert Path("parallel_coordinates.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("parallel_coordinates.html").stat().st_size > 1e5
+    sizes = {r["weight_quant_bits"]: int(r["packed_bytes"]) for r in rows}
+    assert sizes["2"] < sizes["8"]
+
+
+def test_batch_size_changes_no_accuracy(call):
+    for size in ("1", "5", "256"):
+        assert call("--weight-bits", "3", "--act-bits", "3", "--batch-size", size, "--calib-batches", "1")[0] == 0
+    assert len({r["test_acc_quantized"] for r in results.read(Path("results.csv"))}) == 1
+
+
+def test_a_packed_file_needs_nothing_else(call):
+    assert call("--weight-bits", "4", "--act-bits", "6", "--save-packed", "p.safetensors")[0] == 0
+    Path("c.safetensors").unlink()
+    assert call("--packed", "p.safetensors", checkpoint=False)[0] == 0
+    made, read = results.read(Path("results.csv"))
+    assert {k for k in made if made[k] != read[k]} <= {"calib_seconds", "eval_seconds", "images_per_second"}
+    assert int(made["packed_bytes"]) == Path("p.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--weight-bits", "9"], "--weight-quant-bits"),
+        (["--weight-bits", "4,x"], "--weight-quant-bits"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--weight-bits", "4,2", "--save-packed", "p"], "--save-packed"),
+        (["--packed", "nowhere.safetensors"], "--packed"),
+        (["--dataset", "digits"], "class"),
+        (["--output", "c.safetensors"], "--output"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(call, flags, words):
+    code, _, err = call(*flags)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1
+    assert not Path("results.csv").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_file_that_is_no_checkpoint(call, content):
+    if content is None:
+        torch.save({"weights": torch.zeros(3)}, "x.pth")
+    else:
+        Path("x.pth").write_bytes(content)
+    code, _, err = call("--checkpoint", "x.pth", checkpoint=False)
+    assert code == 2 and "x.pth" in err and "train.py" in err
