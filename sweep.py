@@ -6,6 +6,7 @@ examples:
   python sweep.py --no-server                                on the server of WANDB_BASE_URL, else on W&B's cloud
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -121,16 +122,28 @@ def run_agents(path: str, count: int, folder: Path) -> None:
         with tqdm(desc="runs", unit="run", disable=None) as bar:
             while any(agent.poll() is None for agent in agents):
                 time.sleep(POLL_SECONDS)
-                states, bar.total = tracking.sweep_states(path)
-                bar.set_postfix(states)
-                bar.update(states.get("finished", 0) - bar.n)
+                with contextlib.suppress(UserError):  # a server that is away for a moment ends nothing
+                    show_progress(bar, *tracking.sweep_states(path))
     except KeyboardInterrupt:
-        for agent in agents:
-            agent.terminate()
-        for agent in agents:
-            agent.wait()
         print(f"interrupted; the sweep goes on with: wandb agent {path}")
         raise SystemExit(130) from None
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                agent.terminate()  # it hands the signal on to its run, which is then given out again
+        for agent in agents:
+            agent.wait()
+
+
+def show_progress(bar: Any, states: Mapping[str, int], total: int | None) -> None:
+    """Moves the bar; where there is no terminal, prints a line when another run has finished."""
+    done = states.get("finished", 0)
+    bar.total = total
+    if bar.disable and done > bar.n:
+        print(f"{done} of {total or '?'} runs finished", flush=True)
+        bar.n = done
+    bar.set_postfix(states, refresh=False)
+    bar.update(done - bar.n)
 
 
 def execute_notebook(path: str, folder: Path) -> Path:
