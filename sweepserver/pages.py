@@ -27,6 +27,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 class Pages:
     def __init__(self, server):
         self.server, self.store, self.runs = server, server.store, server.runs
+        self.drawn: dict[str, tuple[int, dict]] = {}
         self.templates = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"),
                                      autoescape=select_autoescape(default=True, default_for_string=True))
         self.templates.filters.update(value=show, ago=ago, duration=duration, seg=lambda t: quote(str(t), safe=""))
@@ -92,8 +93,15 @@ class Pages:
             key: value for key, value in run["summary"].items() if figures.number(value)}}
             for run in view["runs"] if run["state"] == "finished"]
         live = sweep["state"] in ("PENDING", "RUNNING", "PAUSED") or any(r["state"] in LIVE for r in view["runs"])
-        return {"live": live, "figures": figures.draw(rows, metric, goal), "parts": {
+        return {"live": live, "figures": self._figures(sweep["id"], rows, metric, goal), "parts": {
             "status": self._render("_sweep_status.html", **view), "runs": self._render("_sweep_runs.html", **view)}}
+
+    def _figures(self, sweep_id: str, rows: list[dict], metric: str | None, goal: str) -> dict:
+        """The sweep's figures, drawn anew only when its finished runs changed: a page asks every 3 s."""
+        key = hash(json.dumps([rows, metric, goal], sort_keys=True, default=str))
+        if self.drawn.get(sweep_id, (None,))[0] != key:
+            self.drawn[sweep_id] = (key, figures.draw(rows, metric, goal))
+        return self.drawn[sweep_id][1]
 
     def _sweep_view(self, project, sweep) -> dict:
         try:
