@@ -26,6 +26,7 @@ import data
 import pace
 import tracking
 import training
+from allocator import keep_freed_memory
 from checkpoint import Checkpoint
 from cli import flag, option, parse, to_argv
 from errors import UserError, run_main
@@ -446,6 +447,7 @@ def curves(row: Epoch) -> dict[str, float | None]:
 
 def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
+    keep_freed_memory()
     try:
         with tracking.run(settings, "training", label, settings.log_wandb) as tracked:
             settings = tracked.settings
