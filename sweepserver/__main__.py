@@ -68,6 +68,7 @@ def ask(args: argparse.Namespace) -> None:
 def serve(args: argparse.Namespace) -> None:
     """Runs until it is told to end."""
     folder = args.data_dir
+    os.umask(0o077)  # what runs logged is for this user alone
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (folder / "lock").open("a")  # held as long as the process lives

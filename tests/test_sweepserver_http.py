@@ -379,6 +379,7 @@ def server_folder(server) -> str:
 def test_the_key_is_private_and_env_prints_the_exports(server):
     folder = Path(server_folder(server))
     assert (folder / "key").stat().st_mode & 0o777 == 0o600 and len((folder / "key").read_text()) == 40
-    assert (folder / "server.json").stat().st_mode & 0o777 == 0o600
+    for name in ("server.json", "sweepserver.sqlite", "blobs"):
+        assert (folder / name).stat().st_mode & 0o077 == 0, name
     done = command("env", "--data-dir", str(folder))
     assert done.stdout == f"export WANDB_BASE_URL={server.url}\nexport WANDB_API_KEY={server.key}\n"
