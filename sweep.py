@@ -119,7 +119,7 @@ def run_agents(path: str, count: int, folder: Path) -> None:
             command = python("wandb", "agent", "--forward-signals", path)
             agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     try:
-        with tqdm(desc="runs", unit="run", disable=None) as bar:
+        with tracking.terminated_by_signal(), tqdm(desc="runs", unit="run", disable=None) as bar:
             while any(agent.poll() is None for agent in agents):
                 time.sleep(POLL_SECONDS)
                 with contextlib.suppress(UserError):  # a server that is away for a moment ends nothing
