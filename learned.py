@@ -1,0 +1,194 @@
+"""A quantized network with gradients: codes, step sizes and biases as parameters, for reconstruction.py and qat.py.
+
+A forward pass computes what integer hardware will compute: codes are rounded to whole numbers, scales to float16,
+biases to float16 and to whole multiples of (weight scale x input scale). Backwards, rounding counts as the identity
+(straight-through estimator: Bengio et al. 2013).
+
+Weights: w = s * clip(round(v), low, high) with v in units of the step s, so that all weights move alike under Adam: a
+folded network has channels a hundredfold apart. dL/dv = s dL/dw, dL/ds = sum u dL/dw.
+Activations: learned step size quantization, LSQ (Esser et al. 2020, equations 1-3): y = s * clip(round(x / s)), with
+dy/ds = round(x / s) - x / s inside, the end itself outside. Scales are learned as logarithms, so that one learning rate
+fits all. Zero-points stay what calibration chose.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from network import INPUT, Network, Op, apply_float, relu6, walk
+from quantization import Grid, Layer, QuantizedNetwork, round_scale
+
+MARGIN = 0.45  # how far from its code a latent code may start, in steps; at 0.5 it would be another code
+Drop = Callable[[Tensor, Tensor], Tensor]
+
+
+class LearnedNetwork(nn.Module):
+    """The trainable form of `start`; the FP32 `network` tells on which side of its code a weight begins.
+
+    forward: normalised pictures [B, 3, H, W] → logits [B, classes]. `quantized()`: the network it stands for.
+    """
+
+    def __init__(self, network: Network, start: QuantizedNetwork) -> None:
+        super().__init__()
+        self.start = start
+        self.caps = dict(network.caps)
+        self.architecture = start.architecture
+        self.latent, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        self.weight_scales, self.value_scales = nn.ParameterDict(), nn.ParameterDict()
+        for name, layer in start.layers.items():
+            self.latent[key(name)] = latent_codes(network.weights[name], layer)
+            self.biases[key(name)] = layer.bias.clone()
+            if layer.grid:
+                self.weight_scales[key(name)] = layer.grid.scale.log()
+                for which, end in zip(("low", "high"), code_ends(layer.grid, layer.codes.ndim), strict=True):
+                    self.register_buffer(f"{which}/{key(name)}", end, persistent=False)  # moves with the parameters
+        for name, grid in start.activations.items():
+            self.value_scales[key(name)] = grid.scale.log()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.start.ops, x)
+
+    def run(self, ops: Sequence[Op], x: Tensor, drop: Drop | None = None) -> Tensor:
+        """The value of the last of `ops`, from x in place of INPUT. drop(real, quantized): a mix of both, for all
+        values but the last."""
+
+        def do(op: Op, inputs: list[Tensor]) -> Tensor:
+            return self.apply_op(op, inputs, None if op is ops[-1] else drop)
+
+        return walk(ops, x, do)
+
+    def apply_op(self, op: Op, inputs: Sequence[Tensor], drop: Drop | None = None) -> Tensor:
+        weight, bias = self.weight_and_bias(op) if op.has_weight else (None, None)
+        grid = self.start.activations.get(op.name)
+        if grid is None:
+            return apply_float(op, inputs, weight, bias)
+        y = apply_float(replace(op, relu6=False), inputs, weight, bias)
+        low, high = -int(grid.zero_point), grid.highest - int(grid.zero_point)
+        quantized = Quantize.apply(y, self.value_scale(op), low, high)
+        return drop(relu6(y, self.caps.get(op.name)) if op.relu6 else y, quantized) if drop else quantized
+
+    def weight_and_bias(self, op: Op) -> tuple[Tensor, Tensor]:
+        """As real numbers. Before integer sums the bias is a whole multiple of what one unit of the sum stands for."""
+        bias = self.biases[key(op.name)]
+        scale = self.weight_scale(op.name)
+        if scale is None:
+            return self.latent[key(op.name)], bias
+        weight = self.codes(op.name) * scale.view(-1, *(1,) * (self.latent[key(op.name)].ndim - 1))
+        bias = straight_through(bias, bias.half().float())
+        if self.start.activations:
+            unit = (scale * self.input_scale(op)).detach()
+            bias = straight_through(bias, (bias / unit).round() * unit)
+        return weight, bias
+
+    def codes(self, name: str) -> Tensor:
+        """The hard codes of a layer, zero-point taken off, as real numbers with straight-through gradients."""
+        latent = self.latent[key(name)]
+        return straight_through(latent, torch.clamp(latent.round(), *self.code_ends(name)))
+
+    def code_ends(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.get_buffer(f"low/{key(name)}"), self.get_buffer(f"high/{key(name)}")
+
+    def weight_scale(self, name: str) -> Tensor | None:
+        """[out] or [], as the packed file will hold it; None for a layer in FP32."""
+        if self.start.layers[name].grid is None:
+            return None
+        scale = self.weight_scales[key(name)].exp()
+        return straight_through(scale, round_scale(scale))
+
+    def value_scale(self, op: Op) -> Tensor:
+        """[]. After ReLU6 the grid ends where ReLU6 does at the latest, for it does the clipping."""
+        scale = self.value_scales[key(op.name)].exp()
+        if op.relu6:
+            end = float(self.caps[op.name].max()) if op.name in self.caps else 6.0
+            scale = scale.clamp(max=end / self.start.activations[op.name].highest)
+        return straight_through(scale, round_scale(scale))
+
+    def input_scale(self, op: Op) -> Tensor:
+        name = op.inputs[0]
+        source = next((o for o in self.start.ops if o.name == name), None)
+        return torch.tensor(1 / self.start.normalization.std) if source is None else self.value_scale(source)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedNetwork:
+        """What would be packed now; on the CPU."""
+        layers, activations = {}, {}
+        for op in self.start.ops:
+            if op.has_weight:
+                layers[op.name] = self.layer(op.name)
+            if grid := self.start.activations.get(op.name):
+                activations[op.name] = replace(grid, scale=self.value_scale(op).detach().cpu())
+        return replace(self.start, layers=layers, activations=activations)
+
+    def layer(self, name: str) -> Layer:
+        before, bias = self.start.layers[name], self.biases[key(name)].detach().cpu()
+        if before.grid is None:
+            return Layer(self.latent[key(name)].detach().cpu(), None, bias)
+        grid = replace(before.grid, scale=self.weight_scale(name).detach().cpu())
+        _, zero_point = grid.shaped(before.codes.ndim)
+        codes = self.codes(name).detach().cpu() + zero_point
+        return Layer(codes.to(torch.uint8).contiguous(), grid, bias.half().float())
+
+
+def key(name: str) -> str:
+    """A parameter's name may hold no dot."""
+    return name.replace(".", "/")
+
+
+def latent_codes(weight: Tensor, layer: Layer) -> Tensor:
+    """Real codes v, zero-point taken off, that round to the layer's codes and lie towards the FP32 weight."""
+    if layer.grid is None:
+        return layer.codes.clone()
+    scale, zero_point = layer.grid.shaped(weight.ndim)
+    codes = layer.codes.float() - zero_point
+    low, high = code_ends(layer.grid, weight.ndim)
+    return torch.clamp(codes + (weight / scale - codes).clamp(-MARGIN, MARGIN), low, high).contiguous()
+
+
+def code_ends(grid: Grid, ndim: int) -> tuple[Tensor, Tensor]:
+    """Lowest and highest code, zero-point taken off, to broadcast over a weight of `ndim` dimensions."""
+    _, zero_point = grid.shaped(ndim)
+    return -zero_point.float(), (grid.highest - zero_point).float()
+
+
+class StraightThrough(torch.autograd.Function):
+    """(x, y) → y, to the last bit, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+straight_through = StraightThrough.apply
+
+
+class Quantize(torch.autograd.Function):
+    """scale * clip(round(x / scale), low, high) with LSQ's gradients; one function, for it runs over every value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        v = x / scale
+        codes = v.round().clamp_(low, high)
+        ctx.save_for_backward(v, codes, scale)
+        ctx.ends = low, high
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        v, codes, scale = ctx.saved_tensors
+        low, high = ctx.ends
+        inside = (v >= low) & (v <= high)
+        grad_x = grad * inside
+        return grad_x, (grad * codes).sum() - (grad_x * v).sum(), None, None
+
+
+def inputs_renamed(ops: Sequence[Op]) -> tuple[Op, ...]:
+    """The operations of a block on their own: what they read from outside is INPUT."""
+    names = {op.name for op in ops}
+    return tuple(replace(op, inputs=tuple(n if n in names else INPUT for n in op.inputs)) for op in ops)

@@ -1,0 +1,188 @@
+"""Rounding and ranges with gradients, block by block, from the codes that coordinate descent found.
+
+For every block (stem, inverted residual with its sum, last convolution and pool, classifier), in order: its inputs come
+from the network quantized so far, its target is the FP32 block's output, and Adam minimises the squared error between
+the two over codes, scales and biases, || f(x) - f^(x^) ||^2 / var f(x) (BRECQ: Li et al. 2021, section 3.2, without the
+Fisher weights of its equation 10: the last stage sees the logits). Last, scales and biases of the whole network are
+tuned in the same way on the FP32 network's logits, KL(p || p^) (Hinton et al. 2015).
+
+Codes: AdaRound (Nagel et al. 2020, equation 21) lets each code move softly between two neighbours of the FP32 weight.
+Coordinate descent's codes are often further away, and depend on each other: a soft start between neighbours loses them,
+and a short run does not find them again. So each code is a latent number v that rounds to the start's code and lies
+towards the FP32 weight, moved by straight-through gradients: the first step starts from exactly the start's loss, and a
+code may move as far as it pays. Scales of weights and values are learned (LSQ: Esser et al. 2020; see learned.py).
+Each number inside a block, and of its input, stays real with probability `drop` (QDrop: Wei et al. 2022, section 4.2).
+
+Some of the pictures are held out. What a stage finds is kept only where it lowers the stage's loss there, of the
+network rounded as it will be packed; and the whole only where the divergence is lower than the start's.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from learned import LearnedNetwork, inputs_renamed, key
+from network import Network, Op, run_float, walk
+from quantization import QuantizedNetwork
+
+CHUNK = 128  # pictures handled at once outside of training; bounds the memory
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """iterations: Adam steps a block, network_iterations: over the whole network at the end, each of batch_size
+    pictures. held_out: share of the pictures that accept or reject. Rates, falling to 0 by a cosine: of codes (in
+    steps), of scales (in shares of themselves) and biases."""
+
+    iterations: int = 200
+    network_iterations: int = 200
+    batch_size: int = 32
+    held_out: float = 0.125
+    code_rate: float = 0.003
+    scale_rate: float = 0.003
+    drop: float = 0.5
+    seed: int = 0
+
+
+def reconstruct(
+    network: Network,
+    start: QuantizedNetwork,
+    images: Tensor,
+    settings: Reconstruction = Reconstruction(),
+    on_layer: Callable[[str], None] = lambda name: None,
+    on_stage: Callable[[str, float, float], None] = lambda name, before, after: None,
+) -> QuantizedNetwork:
+    """`start` with better codes, scales and biases; the same seed gives the same network.
+
+    images: uint8 [N, 3, H, W], training pictures, two at least. Progress: on_layer(name) for every layer with weights,
+    on_stage(name of its last operation, loss before, loss after) for every stage, on the held-out pictures; at the end
+    with the name `network` and the losses of the start and the result.
+    """
+    model = LearnedNetwork(network, start).requires_grad_(False)
+    generator = torch.Generator().manual_seed(settings.seed)
+    held_out = max(1, round(len(images) * settings.held_out))
+    first = network.normalization(images)
+    logits = in_chunks(lambda x: float_block(network, network.ops, x), first)
+    steps = settings.network_iterations
+    whole = Stage(model, network.ops, first, first, logits, divergence, held_out, steps, drop=0.0, with_codes=False)
+    loss_of_start = whole.hard_loss()
+    exact = quantized = first
+    for ops in blocks(network.ops):
+        target = in_chunks(lambda x, ops=ops: float_block(network, ops, x), exact)
+        loss = relative_error(target)
+        stage = Stage(model, ops, quantized, exact, target, loss, held_out, settings.iterations, settings.drop)
+        on_stage(ops[-1].name, *improve(stage, settings, generator))
+        exact, quantized = target, in_chunks(lambda x, ops=ops: model.run(ops, x), quantized)
+        for op in ops:
+            if op.has_weight:
+                on_layer(op.name)
+    _, loss = improve(whole, settings, generator)
+    on_stage("network", loss_of_start, min(loss, loss_of_start))
+    return model.quantized() if loss < loss_of_start else start
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is improved at once: operations `ops` of the model, from `quantized` inputs (mixed with `exact` ones)
+    towards `target`, all [N, ...]; loss(results, targets) is a mean over pictures. The last `held_out` ones decide.
+    with_codes: whether codes may move; over few pictures the logits alone do not say well enough where to."""
+
+    model: LearnedNetwork
+    ops: tuple[Op, ...]
+    quantized: Tensor
+    exact: Tensor
+    target: Tensor
+    loss: Loss
+    held_out: int
+    iterations: int
+    drop: float
+    with_codes: bool = True
+
+    @torch.no_grad()
+    def hard_loss(self) -> float:
+        """The loss of the network as it would be packed, over the held-out pictures."""
+        pairs = zip(*(t[-self.held_out :].split(CHUNK) for t in (self.quantized, self.target)), strict=True)
+        return sum(float(self.loss(self.model.run(self.ops, x), t)) * len(x) for x, t in pairs) / self.held_out
+
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(latent codes, scales and biases) of the operations; weights in FP32 stay as they are."""
+        model, names = self.model, [key(op.name) for op in self.ops]
+        codes = [model.latent[name] for name in names if self.with_codes and name in model.weight_scales]
+        tables = (model.weight_scales, model.value_scales, model.biases)
+        return codes, [table[name] for table in tables for name in names if name in table]
+
+
+def blocks(ops: Sequence[Op]) -> list[tuple[Op, ...]]:
+    """The operations by inverted residual: by the entry of `features` in their name; the pool belongs to the last
+    convolution. What a block reads from outside is INPUT."""
+    names = [".".join(op.name.split(".")[:2]) for op in ops]
+    names = [names[i - 1] if op.kind == "pool" else name for i, (op, name) in enumerate(zip(ops, names, strict=True))]
+    groups = itertools.groupby(zip(names, ops, strict=True), key=lambda pair: pair[0])
+    return [inputs_renamed([op for _, op in group]) for _, group in groups]
+
+
+def float_block(network: Network, ops: Sequence[Op], x: Tensor) -> Tensor:
+    return walk(ops, x, lambda op, inputs: run_float(network, op, inputs))
+
+
+@torch.no_grad()
+def in_chunks(do: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([do(part) for part in x.split(CHUNK)])
+
+
+def relative_error(target: Tensor) -> Loss:
+    """Mean squared error as a share of the target's variance."""
+    variance = float(target.var()) + 1e-12
+    return lambda y, t: (y - t).square().mean() / variance
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the predicted classes from the target's, in nats."""
+    return F.kl_div(logits.log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean")
+
+
+def improve(stage: Stage, settings: Reconstruction, generator: torch.Generator) -> tuple[float, float]:
+    """Fits the stage's parameters and keeps the result if it is better on the held-out pictures. (loss before, after)
+    there."""
+    before = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    first = stage.hard_loss()
+    fit(stage, settings, generator)
+    last = stage.hard_loss()
+    if last < first:  # a loss that is not a number is no better either
+        return first, last
+    stage.model.load_state_dict(before)
+    return first, first
+
+
+def fit(stage: Stage, settings: Reconstruction, generator: torch.Generator) -> None:
+    """Adam on the stage's parameters, over random batches of the pictures that are not held out."""
+    pictures = len(stage.quantized) - stage.held_out
+    codes, others = stage.parameters()
+    groups = [{"params": codes, "lr": settings.code_rate}, {"params": others, "lr": settings.scale_rate}]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, stage.iterations))
+
+    def drop(real: Tensor, quantized: Tensor) -> Tensor:
+        keep = torch.empty_like(real).bernoulli_(stage.drop, generator=generator)
+        return torch.lerp(quantized, real, keep)
+
+    for parameter in codes + others:
+        parameter.requires_grad_(True)
+    for _ in range(stage.iterations):
+        picks = torch.randint(pictures, (settings.batch_size,), generator=generator)
+        x = stage.quantized[picks]
+        if stage.drop and stage.exact is not stage.quantized:
+            x = drop(stage.exact[picks], x)
+        y = stage.model.run(stage.ops, x, drop if stage.drop else None)
+        loss = stage.loss(y, stage.target[picks])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    for parameter in codes + others:
+        parameter.requires_grad_(False)

@@ -1,0 +1,101 @@
+"""Reconstruction: no stage makes worse what it minimises, and what comes out can be packed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_learned import assert_same, small_network, start_of
+
+from compression import load_packed, save_packed
+from network import INPUT, Network, forward
+from quantization import QuantizedNetwork, fake_forward, predictor
+from reconstruction import Reconstruction, blocks, divergence, float_block, reconstruct
+
+FAST = Reconstruction(iterations=8, network_iterations=8, batch_size=8, held_out=0.25, code_rate=0.03)
+
+
+@pytest.fixture(scope="module")
+def done() -> tuple[Network, torch.Tensor, QuantizedNetwork, QuantizedNetwork, list]:
+    """(network, pictures, start, result, stages) at 4-bit weights and activations."""
+    network, images = small_network()
+    start, stages = start_of(network, images, 4, 4), []
+    result = reconstruct(network, start, images, FAST, on_stage=lambda *stage: stages.append(stage))
+    return network, images, start, result, stages
+
+
+def test_blocks_are_the_network() -> None:
+    """Run one after the other, they give the logits; no operation is lost, and a sum stays with its block."""
+    network, images = small_network()
+    parts = blocks(network.ops)
+    assert [op.name for ops in parts for op in ops] == [op.name for op in network.ops]
+    assert len(parts) == 20  # stem, 17 inverted residuals, last convolution with the pool, classifier
+    x = network.normalization(images)
+    for ops in parts:
+        assert ops[0].inputs == (INPUT,)
+        x = float_block(network, ops, x)
+    torch.testing.assert_close(x, forward(network, images))
+
+
+def test_no_stage_makes_its_loss_worse(done) -> None:
+    *_, stages = done
+    assert [name for name, _, _ in stages][-2:] == ["classifier.1", "network"]
+    assert all(after <= before for _, before, after in stages)
+    assert sum(after < before for _, before, after in stages) > len(stages) / 2
+
+
+def test_the_last_loss_is_that_of_the_result(done) -> None:
+    """Oracle: quantization.py's own forward pass of the network that comes back, on the held-out pictures."""
+    network, images, start, result, stages = done
+    held = images[-6:]
+    with torch.no_grad():
+        loss = float(divergence(predictor(result)(held), forward(network, held)))
+        first = float(divergence(predictor(start)(held), forward(network, held)))
+    assert loss == pytest.approx(stages[-1][2], rel=0.1)  # biases and rounding ties of real and integer arithmetic
+    assert first == pytest.approx(stages[-1][1], rel=0.1)
+    assert loss < first
+
+
+def test_only_codes_scales_and_biases_change(done) -> None:
+    _, _, start, result, _ = done
+    moved = 0
+    for name, layer in result.layers.items():
+        before = start.layers[name]
+        assert layer.codes.dtype == torch.uint8 and layer.codes.shape == before.codes.shape
+        assert int(layer.codes.max()) <= layer.grid.highest
+        assert layer.grid.bits == before.grid.bits and torch.equal(layer.grid.zero_point, before.grid.zero_point)
+        for numbers in (layer.grid.scale, layer.bias):
+            assert torch.equal(numbers.half().float(), numbers)
+        moved += int((layer.codes != before.codes).sum())
+    assert moved > 0
+    for name, grid in result.activations.items():
+        before = start.activations[name]
+        assert (grid.bits, int(grid.zero_point)) == (before.bits, int(before.zero_point))
+        assert float(grid.scale.half()) == float(grid.scale)
+
+
+def test_packed_and_read_back(done, tmp_path: Path) -> None:
+    _, images, _, result, _ = done
+    save_packed(result, tmp_path / "packed.safetensors", {})
+    network, _ = load_packed(tmp_path / "packed.safetensors")
+    assert torch.equal(predictor(network)(images), predictor(result)(images))
+
+
+def test_same_seed_same_network(done) -> None:
+    network, images, start, result, _ = done
+    torch.rand(3)  # the global generator must not matter
+    assert_same(reconstruct(network, start, images, FAST), result)
+
+
+def test_no_iterations_change_nothing() -> None:
+    network, images = small_network()
+    start = start_of(network, images, 4, None)
+    assert_same(reconstruct(network, start, images, Reconstruction(iterations=0, network_iterations=0)), start)
+
+
+def test_a_step_too_far_is_taken_back() -> None:
+    """With absurd rates every stage fails, and the start comes back."""
+    network, images = small_network()
+    start = start_of(network, images, 8, 8)
+    wild = Reconstruction(iterations=2, network_iterations=2, batch_size=8, code_rate=1e4, scale_rate=5.0)
+    result = reconstruct(network, start, images, wild)
+    assert torch.equal(fake_forward(result, images), fake_forward(start, images))
