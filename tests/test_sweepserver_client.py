@@ -200,12 +200,14 @@ def killed_server(_, folder):
     """kill -9 of the server in the middle of two runs; a new one on the same folder and port goes on."""
     data = folder / "data"
     own = sweepserver.launch(data, *FLAGS)
-    path = create_sweep(own, folder, SWEEP.replace("program.py", "slow.py"), "served")
-    agents = [agent(own, folder, path), agent(own, folder, path)]
-    wait_for(lambda: len(list(folder.glob("began-*"))) == 2)
-    time.sleep(1)
-    os.kill(own.pid, signal.SIGKILL)
-    own.process.wait()
+    try:
+        path = create_sweep(own, folder, SWEEP.replace("program.py", "slow.py"), "served")
+        agents = [agent(own, folder, path), agent(own, folder, path)]
+        wait_for(lambda: len(list(folder.glob("began-*"))) == 2)
+        time.sleep(1)
+    finally:
+        own.process.kill()  # SIGKILL
+        own.process.wait()
     time.sleep(3)
     with sweepserver.start(data, *FLAGS, port=int(own.url.rsplit(":", 1)[1])) as again:
         finish(agents)

@@ -1,8 +1,6 @@
 """A running sweepserver asked over HTTP by a small client: hand-out, loss and return of points, permissions."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -228,13 +226,15 @@ def test_a_bad_configuration_and_an_unknown_sweep_say_so(direct):
 def test_a_killed_server_goes_on_where_it_was(tmp_path):
     server = sweepserver.launch(tmp_path, *FLAGS)
     direct = Direct(server.url, server.key)
-    sweep = direct.sweep(grid(2))
-    agent = direct.agent(sweep)
-    command = take(direct, agent)
-    direct.begin(command["run_id"], sweep)
-    direct.stream(command["run_id"], files={"output.log": {"offset": 0, "content": ["a line"]}})
-    os.kill(server.pid, signal.SIGKILL)
-    server.process.wait()
+    try:
+        sweep = direct.sweep(grid(2))
+        agent = direct.agent(sweep)
+        command = take(direct, agent)
+        direct.begin(command["run_id"], sweep)
+        direct.stream(command["run_id"], files={"output.log": {"offset": 0, "content": ["a line"]}})
+    finally:
+        server.process.kill()  # SIGKILL
+        server.process.wait()
     time.sleep(2)  # longer than --agent-timeout: nobody could be heard, so nobody is lost
     port = int(server.url.rsplit(":", 1)[1])
     with sweepserver.start(tmp_path, *FLAGS, port=port) as again:
