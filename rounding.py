@@ -106,7 +106,9 @@ def make_problem(weight: Tensor, sums: Moments, centred: bool, damping: float = 
         x, y = sums.x / sums.n, sums.y / sums.n
         h = h - x.unsqueeze(2) * x.unsqueeze(1)
         b = b - y.unsqueeze(1) * x.expand(len(b), -1)
-    pull = damping * h.diagonal(dim1=1, dim2=2).mean(1) + 1e-8
+    # What centring takes away leaves rounding errors of its size behind, so they set the least damping.
+    noise = 1e-6 * sums.xx.diagonal(dim1=1, dim2=2).sum(1) / sums.n
+    pull = damping * h.diagonal(dim1=1, dim2=2).mean(1) + noise + 1e-8
     h = h + torch.diag_embed(pull.unsqueeze(1).expand(-1, h.shape[-1]))
     return Problem(h, b + pull.unsqueeze(1) * rows, rows)
 

@@ -138,3 +138,14 @@ def test_blocks_of_columns_change_nothing(monkeypatch):
         monkeypatch.setattr(rounding, "BLOCK", block)
         found.append(rounding.round_weight(weight, sums, weight_grid(weight, 3), "cd", True, False, ())[0])
     assert (found[0] != found[1]).float().mean() < 0.02  # float32 sums in another order may move a tie
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.3])
+def test_fewer_pictures_than_inputs_that_hardly_vary(spread):
+    """Centred moments of a classifier: without a floor under the damping, rounding errors make H indefinite."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.2 * torch.rand(640, generator=generator) + spread * torch.rand(34, 640, generator=generator)
+    weight = 0.02 * torch.randn(3, 640, generator=generator)
+    sums = rounding.moments(Op("classifier", "linear", ("pool",)), x, x @ weight.T, ())
+    codes, grid = rounding.round_weight(weight, sums, weight_grid(weight, 8), "cd", True, False, ())
+    assert float((dequantize(codes, grid) - weight).abs().max()) < 20 * float(grid.scale.max())
