@@ -4,6 +4,8 @@ examples:
   python train.py --dataset digits --width-mult 0.35 --epochs 15     a minute, no download
   python train.py --data-dir ./data                                  CIFAR-10 (fetched) or a folder of pictures
   python train.py --data-dir ./data --resume                         goes on after Ctrl-C, SIGTERM or a crash
+  python train.py --qat --weight-quant-bits 2 --activation-quant-bits 4 --checkpoint C --epochs 5
+                                                                     quantization-aware fine-tuning to a packed file
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from tqdm import tqdm
 import checkpoint as checkpoints
 import data
 import pace
+import qat
 import tracking
 import training
 from allocator import keep_freed_memory
@@ -33,7 +36,7 @@ from errors import UserError, run_main
 from evaluation import Score, choose_device, normalized, score
 from files import check_writable
 from interrupts import Interrupted, signals_caught
-from models import Architecture, MobileNetV2, multiply_adds
+from models import Architecture, MobileNetV2, multiply_adds, skeleton
 from traininglog import Epoch, open_log
 
 IMAGENET = data.Normalization((124, 116, 104), 58.0)  # what torchvision's weights were trained with, rounded to pixels
@@ -85,6 +88,25 @@ class Settings:
     )
     eval_every: int = option(1, "epochs between evaluations on validation and test", low=1, group="training")
 
+    qat: bool = option(
+        False, "quantize --checkpoint and fine-tune it, with itself in FP32 as the teacher", group="fine-tuning"
+    )
+    weight_quant_bits: int | None = option(
+        None, "bits of the weights, 2 to 8", aliases=["weight_bits"], low=2, high=8, group="fine-tuning"
+    )
+    activation_quant_bits: int | None = option(
+        None,
+        "bits of the activations, 2 to 8",
+        aliases=["act_bits", "activation_bits"],
+        low=2,
+        high=8,
+        group="fine-tuning",
+    )
+    qat_lr: float = option(0.001, "highest learning rate of --qat (Adam's)", low=0, group="fine-tuning")
+    distill: float = option(
+        1.0, "the teacher's share in the loss of --qat; the labels have the rest", low=0, high=1, group="fine-tuning"
+    )
+
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="machine")
     bf16: bool | None = option(None, "bfloat16 autocast (default: on CUDA)", group="machine")
     compile: bool = option(
@@ -122,6 +144,7 @@ class Run:
     test: data.Split
     state: training.State
     digest: str
+    tuning: qat.FineTuning | None = None
 
     @property
     def steps(self) -> int:
@@ -141,12 +164,13 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     saved = saved_state(settings) if settings.resume else None
     if saved and saved["finished"]:
         print(f"this run is finished; {settings.save_path} is its checkpoint")
-        return checkpoints.load(settings.save_path)
+        return load_best(settings)
 
     run = start(settings, recipe, device, saved)
     state = run.state
     best = checkpoint_so_far(run)
     forward = compiled(state.model, device) if settings.compile else state.model
+    criterion = run.tuning and qat.distillation(run.tuning.network, settings.distill, recipe.label_smoothing)
     with (
         open_log(log_path(settings), command(settings), state.epoch if saved else None) as log,
         signals_caught() as signals,
@@ -157,12 +181,12 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
             save_state(run)  # so that --resume knows this run from here on
         try:
             while state.step or training.progress(state, recipe, run.steps) < 1.0:
-                training.train_epoch(state, run.train, recipe, run.normalization, forward, watch)
+                training.train_epoch(state, run.train, recipe, run.normalization, forward, watch, criterion)
                 row = end_epoch(run, watch)
                 if row.test and (row.val is None or row.val.accuracy > state.best_accuracy):
                     state.best_accuracy = row.val.accuracy if row.val else -1.0
                     best = make_checkpoint(run, row)
-                    checkpoints.save(best, settings.save_path)
+                    save_best(run, best)
                 print(row.line(), file=log, flush=True)
                 if bar.disable:
                     print(row.line(), flush=True)
@@ -188,6 +212,8 @@ def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
     shared["augmentation"] = data.Augmentation(settings.pad, flip, settings.cutout)
     if settings.bf16 is None:
         shared["bf16"] = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if settings.qat:  # bfloat16 has too few digits to tell the steps of 8 bits apart
+        shared |= {"lr": settings.qat_lr, "bf16": bool(settings.bf16)}
     if settings.warmup_epochs is None:
         shared["warmup_epochs"] = min(5.0, settings.epochs / 10)
     elif settings.warmup_epochs >= settings.epochs:
@@ -198,17 +224,27 @@ def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
 def start(settings: Settings, recipe: training.Recipe, device: torch.device, saved: dict[str, Any] | None) -> Run:
     """Data and network before the first step, or, from `saved`, before the next one."""
     dataset = data.load(settings.dataset, settings.data_dir)
-    rest, val = data.stratified_split(dataset.train, min(settings.val_size, len(dataset.train) // 10), settings.seed)
-    model, normalization = first_model(settings, dataset, rest, saved)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # what is reported as FP32 is FP32
+    tuning = None
+    if settings.qat:
+        bits = settings.weight_quant_bits, settings.activation_quant_bits
+        tuning = qat.first_tuning(settings.checkpoint, dataset, *bits, settings.seed, device)
+        rest, val, normalization = tuning.train, tuning.val, tuning.network.normalization
+        state = qat.start(tuning, recipe, device)
+    else:
+        held_out = min(settings.val_size, len(dataset.train) // 10)
+        rest, val = data.stratified_split(dataset.train, held_out, settings.seed)
+        model, normalization = first_model(settings, dataset, rest, saved)
+        state = training.start(model, recipe, device)
     run = Run(
         settings,
         recipe,
         dataset.classes,
         normalization,
         *(split.to(device) for split in (rest, val, dataset.test)),
-        training.start(model, recipe, device),
+        state,
         data.checksum({"images": rest.images, "labels": rest.labels}),
+        tuning,
     )
     if saved:
         restore(run, saved)
@@ -243,10 +279,12 @@ def first_model(
 
 def describe(run: Run, device: torch.device, resumed: bool) -> None:
     """Says what is trained, on what, and from where on."""
-    model, state, settings = run.state.model, run.state, run.settings
+    state, settings = run.state, run.settings
+    architecture = state.model.architecture
+    model = skeleton(architecture)
     parameters, operations = sum(p.numel() for p in model.parameters()) / 1e6, multiply_adds(model) / 1e6
     print(
-        f"MobileNetV2 x{settings.width_mult:g} ({parameters:.2f} M parameters, {operations:.0f} M multiply-adds), "
+        f"MobileNetV2 x{architecture.width_mult:g} ({parameters:.2f} M parameters, {operations:.0f} M multiply-adds), "
         f"{device}, {settings.dataset}: {len(run.train)} training, "
         f"{len(run.val)} validation and {len(run.test)} test pictures"
     )
@@ -343,6 +381,19 @@ def make_checkpoint(run: Run, row: Epoch) -> Checkpoint:
     return Checkpoint(state.model.architecture, weights, settings.dataset, run.classes, run.normalization, metrics)
 
 
+def save_best(run: Run, best: Checkpoint) -> None:
+    """Writes the best checkpoint so far; fine-tuning writes a packed file."""
+    if run.tuning:
+        qat.save(run.state.evaluated(), run.tuning, best, run.settings.save_path)
+    else:
+        checkpoints.save(best, run.settings.save_path)
+
+
+def load_best(settings: Settings) -> Checkpoint:
+    """What `save_best` wrote."""
+    return (qat.load if settings.qat else checkpoints.load)(settings.save_path)
+
+
 def command(settings: Settings) -> str:
     """The command line of these settings (without --resume: it is one run, however often it was cut)."""
     return shlex.join(
@@ -419,11 +470,19 @@ def checkpoint_so_far(run: Run) -> Checkpoint | None:
     if run.state.best_accuracy < 0:
         return None
     try:
-        return checkpoints.load(run.settings.save_path)
+        return load_best(run.settings)
     except UserError as error:
         print(f"the best checkpoint so far is lost ({error}); the best of the epochs to come will be saved")
         run.state.best_accuracy = -1.0
         return None
+
+
+def with_save_path(settings: Settings) -> Settings:
+    """A packed file does not take the place of an FP32 checkpoint: without --save-path, --qat names its own."""
+    if not settings.qat or settings.save_path != Settings.save_path:
+        return settings
+    name = f"mnv2_w{settings.weight_quant_bits or 32}a{settings.activation_quant_bits or 32}_qat.safetensors"
+    return dataclasses.replace(settings, save_path=settings.save_path.with_name(name))
 
 
 def log_path(settings: Settings) -> Path:
@@ -450,7 +509,7 @@ def main() -> int:
     keep_freed_memory()
     try:
         with tracking.run(settings, "training", label, settings.log_wandb) as tracked:
-            settings = tracked.settings
+            settings = with_save_path(tracked.settings)
             checkpoint = train(settings, lambda row: tracked.log(curves(row), row.epoch))
             tracked.summary({name: checkpoint.metrics[name] for name in ("epoch", "val_acc", "test_acc", "minutes")})
             if settings.log_artifact:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from data import Augmentation, Normalization, Split, augment, epoch_draws
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, normalised pictures, labels) → mean over the batch
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -126,11 +128,12 @@ def train_epoch(
     normalization: Normalization,
     forward: Callable[[Tensor], Tensor],
     on_step: Callable[[], None],
+    criterion: Loss | None = None,
 ) -> None:
     """Trains to the end of the epoch, or of `max_minutes`. `train` lies on the device.
 
     forward: `state.model` or its compiled form. `on_step()` is called after every step; what it raises ends the epoch
-    there, in a state that can be saved and resumed.
+    there, in a state that can be saved and resumed. criterion: the loss; None: cross-entropy with label smoothing.
     """
     device = train.images.device
     order, draws = epoch_draws(len(train), recipe.seed, state.epoch, device)
@@ -158,7 +161,10 @@ def train_epoch(
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
             logits = forward(x)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+        if criterion:
+            loss = criterion(logits.float(), x, batch.labels)
+        else:
+            loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()

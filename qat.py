@@ -1,0 +1,132 @@
+"""Quantization-aware fine-tuning: a post-training quantized network trained on, its FP32 network as the teacher.
+
+What is trained is learned.py's network: batch norm folded, all codes, step sizes and biases as parameters, rounding
+passed straight through (LSQ: Esser et al. 2020). The loss is distillation (Hinton et al. 2015, section 2, temperature
+1; for quantization: Mishra & Marr 2018): (1 - share) * cross-entropy(labels) + share * KL(teacher || student). One Adam
+rate fits all, for codes are in units of their step and scales are logarithms. Epochs, schedule, augmentation, resuming
+and the choice of the best epoch are those of training.py and train.py; the result is a packed file like test.py's.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint as checkpoints
+import training
+from calibration import method_plan, quantize_network
+from checkpoint import Checkpoint
+from compression import load_packed, save_packed
+from data import Dataset, Split, calibration_split, stratified_split
+from errors import UserError
+from evaluation import score
+from learned import LearnedNetwork
+from network import Network, fold_batch_norm, run_float, to_device, walk
+from quantization import float_network, predictor
+from training import Recipe, State
+
+PICTURES = 512  # that calibrate the first network; fine-tuning makes more of them needless
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What a run of fine-tuning works with: the FP32 network and its quantized form, the pictures that its checkpoint
+    was trained on and chosen by, and the cells of results.csv that are known before."""
+
+    network: Network
+    model: LearnedNetwork
+    train: Split
+    val: Split
+    row: Mapping[str, Any]
+
+
+def first_tuning(
+    path: Path | None,
+    dataset: Dataset,
+    weight_bits: int | None,
+    activation_bits: int | None,
+    seed: int,
+    device: torch.device,
+) -> FineTuning:
+    """Loads the checkpoint and quantizes it post-training, by coordinate descent. Bits None: FP32.
+
+    The validation pictures are those that chose the checkpoint. UserError where settings and files do not fit.
+    """
+    if not weight_bits and not activation_bits:
+        raise UserError("--qat needs --weight-quant-bits or --activation-quant-bits, 2 to 8")
+    if path is None:
+        raise UserError("--qat needs --checkpoint: the FP32 network that it starts from and learns from")
+    checkpoint = checkpoints.load(path)
+    if checkpoint.classes != dataset.classes:
+        raise UserError(f"{path} was trained on other classes ({checkpoint.dataset}) than {dataset.name} has")
+    val_size, val_seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
+    train, val = stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
+    network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
+    plan, _ = method_plan("cd", weight_bits, activation_bits)
+    plan = dataclasses.replace(plan, bias_correction=True, edge_bits=8)
+    images = calibration_split(train, PICTURES, seed).images
+    begun = time.perf_counter()
+    model = LearnedNetwork(network, quantize_network(network, images, plan))
+    row = {
+        "dataset": dataset.name,
+        "checkpoint": str(path),
+        "checkpoint_hash": checkpoints.short_hash(path),
+        "width_mult": checkpoint.architecture.width_mult,
+        "weight_quant_bits": weight_bits,
+        "activation_quant_bits": activation_bits,
+        "weight_per_channel": True,
+        "seed": seed,
+        "method": "qat",
+        "calib_pictures": len(images),
+        "calib_seconds": time.perf_counter() - begun,
+        "test_acc_fp32": score(predictor(float_network(network), device), dataset.test, 256, device).accuracy,
+    }
+    return FineTuning(to_device(network, device), model, train, val, row)
+
+
+def start(tuning: FineTuning, recipe: Recipe, device: torch.device) -> State:
+    """The state before the first step: that of training.py, with Adam over all parameters."""
+    state = training.start(tuning.model, recipe, device)
+    optimizer = torch.optim.Adam(tuning.model.parameters(), recipe.lr, fused=device.type == "cuda")
+    return dataclasses.replace(state, optimizer=optimizer)
+
+
+def distillation(network: Network, share: float, label_smoothing: float) -> training.Loss:
+    """The loss of (logits, normalised pictures, labels) in nats, with `network`, on their device, as the teacher."""
+
+    def loss(logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        total = (1 - share) * F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        if share:
+            with torch.no_grad():
+                target = walk(network.ops, x, lambda op, inputs: run_float(network, op, inputs)).log_softmax(1)
+            total = total + share * F.kl_div(logits.log_softmax(1), target, log_target=True, reduction="batchmean")
+        return total
+
+    return loss
+
+
+def save(model: LearnedNetwork, tuning: FineTuning, checkpoint: Checkpoint, path: Path) -> None:
+    """Writes the packed file of `model`, with what test.py --packed and a resumed run want to know."""
+    info = {
+        "row": tuning.row,
+        "metrics": checkpoint.metrics,
+        "classes": checkpoint.classes,
+        "dataset": checkpoint.dataset,
+    }
+    save_packed(model.quantized(), path, info)
+
+
+def load(path: Path) -> Checkpoint:
+    """A packed file that `save` wrote, as a checkpoint without weights: its metrics. UserError if it is none."""
+    network, info = load_packed(path)
+    try:
+        metrics = dict(info["metrics"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path} was not written by train.py --qat; give another --save-path") from None
+    return Checkpoint(network.architecture, {}, info["dataset"], tuple(info["classes"]), network.normalization, metrics)
