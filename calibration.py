@@ -27,7 +27,7 @@ from quantization import (
     weight_grid,
 )
 
-CHUNK = 128  # pictures handled at once; bounds the memory of calibration
+CHUNK = 32  # pictures handled at once: their activations stay in a CPU's cache
 POSITIONS = 2**18  # places of a layer's output that its least squares use; more cost time and change nothing
 # Shrunken weight ranges that coordinate descent tries besides the whole one, by bits.
 SHARES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.9, 0.8, 0.7, 0.6), 4: (0.9, 0.8)}

@@ -22,6 +22,8 @@ from models import Architecture
 from network import INPUT, Network, Op, apply_float, walk
 
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; channels below it are dead and their codes become zero
+# On a CPU a batch goes through in parts whose activations stay in the cache: two to four times as fast as 256 at once.
+CACHE_PICTURES = 32
 WEIGHT_RANGES = ("minmax", "mse")
 ACTIVATION_RANGES = ("minmax", "percentile", "mse")
 
@@ -294,7 +296,13 @@ def integer_forward(steps: Sequence[Step], normalization: Normalization, images:
 def predictor(network: QuantizedNetwork, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """uint8 pictures [B, 3, 32, 32] on the device → logits [B, classes]."""
     steps = prepare(network, device)
-    return lambda images: integer_forward(steps, network.normalization, images)
+    part = CACHE_PICTURES if torch.device(device).type == "cpu" else None
+
+    def predict(images: Tensor) -> Tensor:
+        parts = images.split(part or len(images))
+        return torch.cat([integer_forward(steps, network.normalization, p) for p in parts])
+
+    return predict
 
 
 def largest_sum(network: QuantizedNetwork) -> float:
