@@ -1,0 +1,409 @@
+"""The same network through other quantizers, side by side with ours: accuracy, bytes on disk, time.
+
+    pip install -r benchmarks/requirements-peers-export.txt
+    python benchmarks/peers.py                            everything; what peers.csv has already is not run again
+    python benchmarks/peers.py --tools quanto --bits 4/8 --limit-test 500 --output trial.csv --page trial.md
+
+All see the same FP32 checkpoint, calibration pictures (those that test.py draws), pictures to choose settings with
+(held out of training by the checkpoint) and test pictures. The tools conflict, so each has its own environment, made
+from requirements-peers-TOOL.txt when first needed, and runs there as a process of its own (peer_worker.py): one that
+fails is reported as failed and stops nothing. Everything runs in one thread, and times are seconds of that thread on
+the processor, not of the clock: other work on the machine disturbs them little.
+"""
+
+import csv
+import dataclasses
+import datetime
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import checkpoint as checkpoints
+import data
+import test
+from calibration import quantize_network
+from checkpoint import Checkpoint
+from cli import option, parse
+from compression import load_packed, save_packed
+from errors import UserError, run_main
+from evaluation import score
+from files import check_writable, write_bytes
+from network import Network, fold_batch_norm
+from quantization import float_network, predictor
+
+HERE = Path(__file__).resolve().parent
+# The bit widths (weights/activations, 32: FP32) that each tool offers for convolutions.
+OFFERED = {
+    "onnxruntime": ("8/8", "4/8", "8/4", "4/4"),
+    "nncf": ("8/8", "8/32"),
+    "aimet": ("8/8", "6/8", "6/6", "4/8", "8/4", "4/4"),
+    "brevitas": ("8/8", "6/8", "6/6", "4/8", "3/8", "2/8", "8/4", "4/4", "2/4", "2/2"),
+    "quanto": ("8/8", "4/8", "2/8", "8/32", "4/32", "2/32"),
+    "torchao": ("8/8", "4/8"),
+}
+BITS = ("8/8", "6/8", "4/8", "3/8", "2/8", "8/4", "6/6", "4/4", "2/4", "2/2", "8/32", "4/32", "2/32")
+OURS = {"ours": "auto", "ours-plain": "plain"}  # the name in the table → --rounding of test.py
+FP32 = "FP32 network"
+BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
+
+COLUMNS = (
+    "tool",
+    "version",
+    "bits",
+    "settings",
+    "accuracy",
+    "bytes",
+    "quantize_seconds",
+    "pictures_per_second",
+    "arithmetic",
+    "note",
+    "error",
+    "checkpoint_hash",
+    "calibration_pictures",
+    "validation_pictures",
+    "test_pictures",
+    "seed",
+    "machine",
+    "beside",
+    "date",
+)
+SAME = ("tool", "bits", "checkpoint_hash", "calibration_pictures", "test_pictures", "seed")  # one measurement's name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of peers.py."""
+
+    checkpoint: Path | None = option(None, "FP32 checkpoint (default: test.py's)")
+    dataset: str | None = option(None, "data set (default: test.py's)", choices=data.DATASETS)
+    data_dir: Path = option(Path("data"), "folder of the data set")
+    tools: tuple[str, ...] = option((*OURS, *OFFERED), "which to run", choices=(*OURS, *OFFERED))
+    bits: tuple[str, ...] = option(BITS, "weights/activations; each tool runs those it offers", choices=BITS)
+    calib_pictures: int = option(1024, "training pictures for calibration", low=1)
+    val_pictures: int = option(1000, "held-out training pictures that choose between a tool's settings", low=1)
+    limit_test: int | None = option(None, "use so many random test pictures (default: all), for a trial", low=1)
+    adaround_iterations: int = option(1000, "of AIMET's AdaRound for each layer; 0: nearest only", low=0)
+    gptq_pictures: int = option(256, "calibration pictures for Brevitas's GPTQ; 0: nearest only", low=0)
+    seed: int = option(0, "of the choice of pictures", low=0)
+    minutes: float = option(120.0, "time limit for one tool at one pair of bits", low=0.1)
+    venvs: Path = option(Path(".venvs-peers"), "folder of the tools' environments and of the exported network")
+    output: Path = option(HERE / "peers.csv", "one row for each measurement")
+    page: Path = option(HERE / "README.md", "the table is written there, between its markers")
+    beside: str = option("nothing", "what else ran on the machine, for the record")
+    again: bool = option(False, "measure again what OUTPUT has already")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every tool gets."""
+
+    path: Path
+    hash: str
+    checkpoint: Checkpoint
+    network: Network
+    parts: Mapping[str, data.Split]  # calibration, validation, test
+
+
+def main() -> None:
+    settings = parse(Settings, __doc__, sys.argv[1:])
+    torch.set_num_threads(1)
+    for path in (settings.output, settings.page):
+        check_writable(path)
+    rows = read_rows(settings.output)
+    material = load(settings)
+    common = {
+        "checkpoint_hash": material.hash,
+        "seed": settings.seed,
+        **{f"{part}_pictures": len(split) for part, split in material.parts.items()},
+        "machine": machine(),
+        "beside": settings.beside,
+    }
+    for tool, bits in points(settings):
+        row = {**common, "tool": tool, "bits": bits}
+        if not settings.again and any(same(old, row) and not old["error"] for old in rows):
+            continue
+        print(f"{tool} {bits} ...", flush=True)
+        measured = ours(material, tool, bits) if tool in (*OURS, FP32) else peer(settings, material, tool, bits)
+        row |= measured | {"date": datetime.date.today().isoformat()}
+        rows = [old for old in rows if not same(old, row)] + [{name: text(row.get(name)) for name in COLUMNS}]
+        write_rows(settings.output, rows)
+        write_page(settings.page, page([r for r in rows if fits(r, common)]))
+        print(measured.get("error") or f"  {measured['accuracy']:.2f} %, {measured['bytes']:,} bytes", flush=True)
+    content = page([r for r in rows if fits(r, common)])
+    write_page(settings.page, content)
+    print(content)
+
+
+def points(settings: Settings) -> list[tuple[str, str]]:
+    """(tool, bits): the FP32 network first, then pair by pair, ours before the others."""
+    tools = [t for t in (*OURS, *OFFERED) if t in settings.tools]
+    pairs = [b for b in BITS if b in settings.bits]
+    return [(FP32, "32/32")] + [(t, b) for b in pairs for t in tools if t in OURS or b in OFFERED[t]]
+
+
+def load(settings: Settings) -> Material:
+    """Checkpoint and pictures, drawn as test.py draws them; a limited test set is drawn at random."""
+    defaults = dataclasses.replace(
+        test.Settings(), checkpoint=settings.checkpoint, dataset=settings.dataset, data_dir=settings.data_dir
+    )
+    path = test.default_checkpoint(defaults)
+    checkpoint = checkpoints.load(path)
+    dataset = test.load_data(defaults, checkpoint.dataset, checkpoint.classes)
+    val_size, val_seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
+    if not val_size:
+        raise UserError(f"{path} held no pictures out of training to choose with; train with --val-size")
+    train, held_out = data.stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
+    limit = settings.limit_test
+    parts = {
+        "calibration": data.calibration_split(train, settings.calib_pictures, settings.seed),
+        "validation": data.calibration_split(held_out, settings.val_pictures, settings.seed),
+        "test": data.calibration_split(dataset.test, limit, settings.seed) if limit else dataset.test,
+    }
+    network = fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization)
+    return Material(path, checkpoints.short_hash(path), checkpoint, network, parts)
+
+
+# --------------------------------------------------------------------------------------------------------------- ours
+
+
+def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
+    """Quantized, packed, read back and evaluated with test.py's parts, as test.py does it."""
+    pair = tuple(int(b) for b in bits.split("/"))
+    choice = test.Settings(
+        weight_quant_bits=pair[:1], activation_quant_bits=pair[1:], rounding=OURS.get(tool, test.Settings().rounding)
+    )
+    point = test.point_of(choice)
+    begun = time.process_time()
+    if tool == FP32:
+        quantized = float_network(material.network)
+    else:
+        quantized = quantize_network(material.network, material.parts["calibration"].images, point.plan)
+    seconds = time.process_time() - begun
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.safetensors"
+        info = {"classes": material.checkpoint.classes, "dataset": material.checkpoint.dataset}
+        sizes = save_packed(quantized, path, info)
+        forward = predictor(load_packed(path)[0])
+    pictures = material.parts["test"]
+    forward(pictures.images[:256])
+    begun = time.process_time()
+    result = score(forward, pictures, 256, "cpu")
+    plan = dataclasses.asdict(point.plan)
+    shown = ("weight_range", "act_range", "rounding", "bias_correction", "edge_bits")
+    return {
+        "version": f"torch {torch.__version__}",
+        "settings": "" if tool == FP32 else ", ".join(f"{n} {plan[n]}".removesuffix(" True") for n in shown if plan[n]),
+        "accuracy": result.accuracy,
+        "bytes": sizes.total_bytes,
+        "quantize_seconds": seconds,
+        "pictures_per_second": result.count / (time.process_time() - begun),
+        "arithmetic": "float" if pair[1] == 32 else "integers in float32",
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- others
+
+
+def peer(settings: Settings, material: Material, tool: str, bits: str) -> dict[str, Any]:
+    """What the worker of `tool` replies, or {"error": one line}."""
+    try:
+        python = environment(settings.venvs, tool)
+        work = export(settings, material)
+        reply = work / f"{tool}-{bits.replace('/', '-')}.json"
+        reply.unlink(missing_ok=True)
+        log = reply.with_suffix(".log")
+        command = [python, HERE / "peer_worker.py", work.resolve(), tool, *bits.split("/"), reply.resolve()]
+        with open(log, "wb") as out:
+            subprocess.run(
+                [str(part) for part in command],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                timeout=settings.minutes * 60,
+                check=True,
+            )
+        return json.loads(reply.read_text())
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {settings.minutes:g} minutes"}
+    except subprocess.CalledProcessError as error:
+        return {"error": last_line(log) if error.cmd[0] == str(python) else "cannot be installed"}
+
+
+def last_line(log: Path) -> str:
+    """The last line that a failed process wrote, cut to the length of a table's cell."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return " ".join((lines or ["it ends without a word"])[-1].split())[:160]
+
+
+def environment(folder: Path, tool: str) -> Path:
+    """The Python of the tool's environment, made when its requirements are new."""
+    requirements = HERE / f"requirements-peers-{tool}.txt"
+    home = (folder / tool).resolve()
+    python, stamp = home / "bin" / "python", home / "requirements.sha256"
+    digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if not stamp.is_file() or stamp.read_text() != digest:
+        print(f"  making {home} from {requirements.name}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        subprocess.run([str(home / "bin" / "pip"), "install", "-q", "-r", str(requirements)], check=True)
+        stamp.write_text(digest)
+    return python
+
+
+def export(settings: Settings, material: Material) -> Path:
+    """The neutral folder that workers read; made once for a checkpoint and a choice of pictures."""
+    sizes = "-".join(str(len(split)) for split in material.parts.values())
+    folder = settings.venvs / "work" / f"{material.hash}-{sizes}-{settings.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = folder / "options.json"
+    if not options.exists():
+        for part, split in material.parts.items():
+            np.save(folder / f"{part}.npy", material.checkpoint.normalization(split.images).contiguous().numpy())
+            np.save(folder / f"{part}_labels.npy", split.labels.numpy())
+        torch.save(material.checkpoint.state, folder / "fp32.pth")
+        architecture = dataclasses.asdict(material.checkpoint.architecture)
+        (folder / "architecture.json").write_text(json.dumps(architecture))
+        export_onnx(material.checkpoint, folder / "fp32.onnx")
+    slow = {name: getattr(settings, name) for name in ("adaround_iterations", "gptq_pictures")}
+    options.write_text(json.dumps(slow))
+    return folder
+
+
+def export_onnx(checkpoint: Checkpoint, path: Path) -> None:
+    """Opset 17 by the tracing exporter, which folds batch norm into the convolutions."""
+    try:
+        torch.onnx.export(
+            checkpoints.build_model(checkpoint),
+            (torch.zeros(1, 3, data.SIZE, data.SIZE),),
+            str(path),
+            opset_version=17,
+            dynamo=False,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(f"{error}; pip install -r benchmarks/requirements-peers-export.txt") from None
+
+
+# ------------------------------------------------------------------------------------------------------- rows and page
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"--output {path} has other columns than this program's; give another file")
+        return list(reader)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, out.getvalue().encode())
+
+
+def text(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
+    return all(old[name] == text(row[name]) for name in SAME)
+
+
+def fits(row: Mapping[str, str], common: Mapping[str, Any]) -> bool:
+    """Whether a row belongs to the present checkpoint and pictures: only such rows stand in one table."""
+    return all(row[name] == text(common[name]) for name in SAME if name in common)
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, one thread"
+
+
+def page(rows: Sequence[Mapping[str, str]]) -> str:
+    """The Markdown of both tables and of what they rest on, from rows of one checkpoint."""
+    fp32 = next(float(r["accuracy"]) for r in rows if r["tool"] == FP32)
+    order = {name: i for i, name in enumerate((FP32, *OURS, *OFFERED))}
+    rows = sorted(rows, key=lambda r: (("32/32", *BITS).index(r["bits"]), order[r["tool"]]))
+    first = rows[0]
+    lines = [
+        f"Checkpoint {first['checkpoint_hash']}, FP32 {fp32:.2f} %; {first['calibration_pictures']} calibration "
+        f"pictures, {first['validation_pictures']} to choose settings with, {first['test_pictures']} test pictures. "
+        f"{first['machine']}; beside: {'; '.join(sorted({r['beside'] for r in rows}))}.",
+        "",
+        "| w/a | tool | settings | accuracy, % | drop | bytes on disk | s to quantize | pictures/s | arithmetic |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|",
+        *(table_line(r, fp32) for r in rows),
+        "",
+        "| w/a | ours, % | best other, % | ahead by | ours, bytes | smallest other, bytes |",
+        "|---|---:|---:|---:|---:|---:|",
+        *filter(None, (verdict(rows, bits) for bits in BITS)),
+        "",
+        "Versions: " + "; ".join(sorted({r["version"] for r in rows if r["version"]})) + ".",
+    ]
+    notes = {r["note"] for r in rows if r["note"]}
+    return "\n".join([*lines, *(f"\n{note}" for note in sorted(notes))]) + "\n"
+
+
+def table_line(row: Mapping[str, str], fp32: float) -> str:
+    start = f"| {row['bits']} | {row['tool']} "
+    if row["error"]:
+        return f"{start}| fails: {row['error'].replace('|', '/')} | | | | | | |"
+    accuracy = float(row["accuracy"])
+    return (
+        f"{start}| {row['settings']} | {accuracy:.2f} | {fp32 - accuracy:.2f} | {int(row['bytes']):,} "
+        f"| {float(row['quantize_seconds']):.0f} | {float(row['pictures_per_second']):.0f} | {row['arithmetic']} |"
+    )
+
+
+def verdict(rows: Sequence[Mapping[str, str]], bits: str) -> str | None:
+    """Our default against the best of the others at these bits; None where one side has not been measured."""
+    good = [r for r in rows if r["bits"] == bits and not r["error"]]
+    mine = [r for r in good if r["tool"] == "ours"]
+    others = [r for r in good if r["tool"] in OFFERED]
+    if not mine or not others:
+        return None
+    best = max(others, key=lambda r: float(r["accuracy"]))
+    smallest = min(others, key=lambda r: int(r["bytes"]))
+    ahead = float(mine[0]["accuracy"]) - float(best["accuracy"])
+    return (
+        f"| {bits} | {float(mine[0]['accuracy']):.2f} | {float(best['accuracy']):.2f} ({best['tool']}) | {ahead:+.2f} "
+        f"| {int(mine[0]['bytes']):,} | {int(smallest['bytes']):,} ({smallest['tool']}) |"
+    )
+
+
+def write_page(path: Path, content: str) -> None:
+    """Puts `content` between the markers of `path`; at its end where it has none."""
+    old = path.read_text() if path.exists() else ""
+    before, found, rest = old.partition(BEGIN)
+    after = rest.partition(END)[2] if found else "\n"
+    if not found and before:
+        before = before.rstrip() + "\n\n"
+    write_bytes(path, f"{before}{BEGIN}\n\n{content}\n{END}{after}".encode())
+
+
+if __name__ == "__main__":
+    run_main(main)
