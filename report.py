@@ -169,7 +169,8 @@ def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd
     """The points of `grid` (column → values; None is 32 bits) that have no row, one row each, in grid order."""
     import pandas as pd
 
-    there = set(zip(*([plain(value, name) for value in frame[name]] for name in grid), strict=True))
+    columns = [[plain(value, name) for value in frame[name]] for name in grid] if len(frame) else []
+    there = set(zip(*columns, strict=True))
     points = itertools.product(*grid.values())
     missing = [p for p in points if tuple(plain(v, name) for v, name in zip(p, grid, strict=True)) not in there]
     return pd.DataFrame(missing, columns=list(grid))
@@ -218,11 +219,12 @@ class SweepResults:
     def table(self) -> pd.DataFrame:
         """The columns to read first, best accuracy first."""
         shown = [*BITS, "batch_size", ACCURACY, "acc_drop", SIZE, RATIO, "compression_ratio_activations"]
-        return self.frame.sort_values(ACCURACY, ascending=False)[["run_name", *shown]].reset_index(drop=True)
+        table = self.frame.sort_values(ACCURACY, ascending=False).reindex(columns=["run_name", *shown])
+        return table.astype({"batch_size": "Int64"}).reset_index(drop=True)
 
     @property
     def missing(self) -> pd.DataFrame:
-        return missing_points(self.frame, {name: v for name, v in self.grid.items() if name in self.frame})
+        return missing_points(self.frame, {n: v for n, v in self.grid.items() if self.frame.empty or n in self.frame})
 
 
 def fetch_sweep(

@@ -227,6 +227,14 @@ def test_sweep_keeps_the_latest_finished_run_of_a_point():
     assert report.sweep_results(read(RUNS, method="random")).frame["run_id"].tolist() == ["old", "new"]
 
 
+def test_sweep_table_has_the_best_first_and_may_be_empty():
+    best = report.sweep_results(read([*RUNS, run("top", 8, 93.0, "2026-01-01T09:00:00Z")])).table
+    assert best["run_name"].tolist() == ["top", "new"] and best["batch_size"].tolist() == [128, 128]
+    nothing = report.sweep_results(read([]))
+    assert nothing.table.empty and list(nothing.table) == list(best)
+    assert nothing.missing.to_dict("records") == [{"weight_bits": 4}, {"weight_bits": 8}]
+
+
 @pytest.mark.parametrize(
     "state, runs, reads",
     [
