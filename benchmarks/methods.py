@@ -1,0 +1,135 @@
+"""Every method at every pair of bits: accuracy, drop, seconds, over several seeds of the calibration pictures.
+
+Choices are made with `--split val` (the pictures that chose the checkpoint, never calibrated on); `--split test` is for
+reporting. Rows go to a CSV as they come, and points already there are not measured again.
+
+    python benchmarks/methods.py --split val --weight-bits 4,2 --act-bits 8,4,2 --seeds 0
+    python benchmarks/methods.py --split test --methods plain,auto --seeds 0,1,2
+"""
+
+import csv
+import dataclasses
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+from allocator import keep_freed_memory
+from calibration import Plan, method_plan, quantize_network
+from checkpoint import DEFAULT_CHECKPOINT, build_model, load
+from cli import option, parse
+from errors import UserError, run_main
+from evaluation import score
+from network import fold_batch_norm
+from quantization import float_network, predictor
+
+CD = dict(rounding="cd", bias_correction=True)
+VARIANTS = {
+    "nearest": dict(act_range="mse"),
+    "nearest+bc": dict(bias_correction=True),
+    "gptq+bc": dict(rounding="gptq", bias_correction=True),
+    "cd": dict(rounding="cd"),
+    "cd+bc": CD,
+    "cd+bc+edge": dict(**CD, edge_bits=8),
+    "cd+bc+eq": dict(**CD, equalize=True),
+    "cd+bc+eq+edge": dict(**CD, equalize=True, edge_bits=8),
+}
+COLUMNS = ("split", "weight_bits", "activation_bits", "method", "seed", "pictures", "accuracy", "fp32", "seconds")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of methods.py."""
+
+    checkpoint: Path = option(DEFAULT_CHECKPOINT, "FP32 checkpoint")
+    dataset: str = option("folder", "data set", choices=data.DATASETS)
+    data_dir: Path = option(Path("data"), "folder of the data set")
+    split: str = option("val", "pictures that are evaluated", choices=("val", "test"))
+    limit: int = option(0, "evaluate only so many of them; 0: all", low=0)
+    weight_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the weights; 32: FP32", low=2, high=32)
+    act_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the activations", low=2, high=32)
+    methods: tuple[str, ...] = option(("plain", "auto"), f"plain, auto, reconstruct, {', '.join(VARIANTS)}")
+    seeds: tuple[int, ...] = option((0,), "of the calibration pictures", low=0)
+    calib_pictures: int = option(1024, "training pictures for calibration", low=32)
+    output: Path = option(Path("benchmarks/methods.csv"), "one row per measurement")
+
+
+def plan_of(method: str, weight_bits: int | None, activation_bits: int | None) -> Plan:
+    if method in VARIANTS:
+        return dataclasses.replace(Plan(weight_bits, activation_bits), **VARIANTS[method])
+    try:
+        return method_plan(method, weight_bits, activation_bits)[0]
+    except (KeyError, ValueError):
+        raise UserError(f"--methods has {method!r}; expected plain, auto, reconstruct, {', '.join(VARIANTS)}") from None
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def main() -> None:
+    settings = parse(Settings, __doc__, sys.argv[1:])
+    keep_freed_memory()
+    checkpoint = load(settings.checkpoint)
+    dataset = data.load(settings.dataset, settings.data_dir)
+    train, val = data.stratified_split(dataset.train, checkpoint.metrics["val_size"], checkpoint.metrics["seed"])
+    split = {"val": val, "test": dataset.test}[settings.split]
+    split = data.calibration_split(split, settings.limit, seed=0) if settings.limit else split  # of all classes
+    network = fold_batch_norm(build_model(checkpoint), checkpoint.normalization)
+    rows = read_rows(settings.output)
+    fp32 = score(predictor(float_network(network)), split, 256, "cpu").accuracy
+    print(f"FP32 on {len(split)} {settings.split} pictures: {fp32:.2f} %", flush=True)
+    for weight_bits in settings.weight_bits:
+        for act_bits in settings.act_bits:
+            for method in settings.methods:
+                for seed in settings.seeds:
+                    cells = (settings.split, weight_bits, act_bits, method, seed, len(split))
+                    point = dict(zip(COLUMNS[:6], map(str, cells), strict=True))
+                    if any(all(row[k] == v for k, v in point.items()) for row in rows):
+                        continue
+                    bits = (None if b == 32 else b for b in (weight_bits, act_bits))
+                    images = data.calibration_split(train, settings.calib_pictures, seed).images
+                    begun = time.perf_counter()
+                    quantized = quantize_network(network, images, plan_of(method, *bits))
+                    seconds = time.perf_counter() - begun
+                    accuracy = score(predictor(quantized), split, 256, "cpu").accuracy
+                    row = point | {"accuracy": f"{accuracy:.3f}", "fp32": f"{fp32:.3f}", "seconds": f"{seconds:.1f}"}
+                    rows.append(row)
+                    new = not settings.output.exists()
+                    with settings.output.open("a", newline="") as file:
+                        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                        if new:
+                            writer.writeheader()
+                        writer.writerow(row)
+                    print(
+                        f"w{weight_bits}a{act_bits} {method} seed {seed}: {accuracy:.2f} % "
+                        f"(drop {fp32 - accuracy:.2f}, {seconds:.0f} s)",
+                        flush=True,
+                    )
+    print(table([row for row in rows if row["split"] == settings.split and row["pictures"] == str(len(split))]))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: drop below FP32 in points, mean ± standard deviation over the seeds; a row a method, a column a pair."""
+    pairs = sorted({(int(r["weight_bits"]), int(r["activation_bits"])) for r in rows}, reverse=True)
+    lines = ["| method | " + " | ".join(f"{w}/{a}" for w, a in pairs) + " |", "|---" * (len(pairs) + 1) + "|"]
+    for method in dict.fromkeys(r["method"] for r in rows):
+        cells = []
+        for w, a in pairs:
+            drops = [
+                float(r["fp32"]) - float(r["accuracy"])
+                for r in rows
+                if (r["method"], r["weight_bits"], r["activation_bits"]) == (method, str(w), str(a))
+            ]
+            spread = f" ± {statistics.stdev(drops):.2f}" if len(drops) > 1 else ""
+            cells.append(f"{statistics.mean(drops):.2f}{spread}" if drops else "")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
