@@ -29,7 +29,7 @@ sweep: .venv/.installed $(filter runs/demo/%,$(CHECKPOINT))
 	$(BIN)/python sweep.py --agents $(AGENTS) --data-dir $(DATA) --checkpoint $(CHECKPOINT)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

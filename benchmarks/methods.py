@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: drop below FP32 in points, mean ± standard deviation over the seeds; a row a method, a column a pair."""
+    """Markdown: drop below FP32 in points, mean ± deviation over the seeds; a row a method, a column a pair."""
     pairs = sorted({(int(r["weight_bits"]), int(r["activation_bits"])) for r in rows}, reverse=True)
     lines = ["| method | " + " | ".join(f"{w}/{a}" for w, a in pairs) + " |", "|---" * (len(pairs) + 1) + "|"]
     for method in dict.fromkeys(r["method"] for r in rows):
