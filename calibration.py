@@ -26,6 +26,7 @@ from quantization import (
     quantize_layer,
     weight_grid,
 )
+from reconstruction import Reconstruction, reconstruct
 
 CHUNK = 32  # pictures handled at once: their activations stay in a CPU's cache
 POSITIONS = 2**18  # places of a layer's output that its least squares use; more cost time and change nothing
@@ -51,6 +52,7 @@ class Plan:
     edge_bits: int | None = None
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     value_bits: Mapping[str, int] = field(default_factory=dict)
+    reconstruction: Reconstruction = Reconstruction()
 
     def bits_of_layer(self, op: Op, ops: Sequence[Op]) -> int | None:
         return self._bits(self.weight_bits, op.name, self.layer_bits, op in (ops[0], ops[-1]))
@@ -67,7 +69,7 @@ class Plan:
         return max(bits, self.edge_bits) if edge and self.edge_bits else bits
 
 
-METHODS = ("plain", "nearest", "gptq", "cd")
+METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
 
 
 def method_plan(
@@ -76,13 +78,14 @@ def method_plan(
     """(plan, name of the method). auto: what won on validation at these bits (benchmarks/methods.py).
 
     plain: what a first textbook would do: min-max weights rounded to nearest, min-max activations, nothing corrected.
+    reconstruct: starts from what auto makes of coordinate descent.
     """
     plan = Plan(weight_bits, activation_bits, per_channel)
     if method == "plain":
         return replace(plan, act_range="minmax"), method
-    if method == "auto":
-        method = "cd"
+    if method in ("auto", "reconstruct"):
         plan = replace(plan, bias_correction=True, edge_bits=8)
+    method = "cd" if method == "auto" else method
     return replace(plan, rounding=method), method
 
 
@@ -137,6 +140,9 @@ def quantize_network(
     """The quantized network; `images`: uint8 [N, 3, H, W], training pictures. `on_layer(name)` tells progress."""
     if plan.equalize and plan.activation_bits:
         network = equalized(network, images, plan)
+    if plan.rounding == "reconstruct":
+        start = quantize_network(network, images, replace(plan, rounding="cd", equalize=False))
+        return reconstruct(network, start, images, plan.reconstruction, on_layer)
     grids = activation_grids(network, observe(network, images), plan) if plan.activation_bits else {}
     quantized = replace(
         float_network(network),

@@ -29,7 +29,7 @@ from learned import LearnedNetwork, inputs_renamed, key
 from network import Network, Op, run_float, walk
 from quantization import QuantizedNetwork
 
-CHUNK = 128  # pictures handled at once outside of training; bounds the memory
+CHUNK = 32  # pictures handled at once outside of training: their activations stay in a CPU's cache
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

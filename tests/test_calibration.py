@@ -10,6 +10,7 @@ from calibration import METHODS, Plan, method_plan, observe, quantize_network
 from data import Normalization
 from network import INPUT, fold_batch_norm, forward, run_float, walk
 from quantization import predictor
+from reconstruction import Reconstruction
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def test_more_bits_are_better(case):
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_every_method_keeps_the_promised_bits(case, method):
     network, calibration, _, _ = case
-    plan = dataclasses.replace(method_plan(method, 4, 4)[0], edge_bits=None)
+    short = Reconstruction(iterations=1, network_iterations=1, batch_size=8)
+    plan = dataclasses.replace(method_plan(method, 4, 4)[0], edge_bits=None, reconstruction=short)
     quantized = quantize_network(network, calibration[:16], plan)
     assert {layer.grid.bits for layer in quantized.layers.values()} == {4}
     assert {grid.bits for grid in quantized.activations.values()} == {4}
