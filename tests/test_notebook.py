@@ -172,3 +172,37 @@ def test_the_notebook_is_thin_and_committed_clean():
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) < 25 and "def " not in cell.source
             assert all(output.output_type != "error" for output in cell.outputs)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sweeps_fit_their_programs(path):
+    """Every value that a sweep names is one that its program takes, and the command is the venv's Python."""
+    import importlib
+
+    import cli
+
+    config = yaml.safe_load(path.read_text())
+    settings = importlib.import_module(config["program"].removesuffix(".py")).Settings()
+    for name, parameter in config["parameters"].items():
+        values = [parameter["value"]] if "value" in parameter else parameter.get("values")
+        for value in values or [parameter["min"], parameter["max"]]:
+            cli.from_mapping(settings, {name: value})
+    assert config["command"] == ["${env}", "PATH=.venv/bin:${envvar:PATH}", "${interpreter}", "${program}"]
+
+
+def test_the_quantization_sweep_has_32_points():
+    import report
+
+    grid = report.sweep_grid(yaml.safe_load((ROOT / "sweeps" / "quant_sweep.yaml").read_text()))
+    assert len(report.missing_points(report.to_frame([]), grid)) == 32
+
+
+@pytest.mark.parametrize("content", [None, "just a line", "method: grid", "a: [1"])
+def test_a_file_that_is_no_sweep_is_one_line(run_main, tmp_path, content):
+    import sweep
+
+    path = tmp_path / "sweep.yaml"
+    if content:
+        path.write_text(content)
+    code, _, text = run_main(sweep, "--config", path, "--no-server")
+    assert code == 2 and text.startswith(f"error: --config {path} is not a sweep") and text.count("\n") == 1
