@@ -146,10 +146,10 @@ def show_progress(bar: Any, states: Mapping[str, int], total: int | None) -> Non
     bar.update(done - bar.n)
 
 
-def execute_notebook(path: str, folder: Path) -> Path:
+def execute_notebook(path: str, cache: Path, folder: Path) -> Path:
     """Executes the notebook on the sweep; returns the HTML page it became."""
     entity, project, name = path.split("/")
-    given = {"WANDB_ENTITY": entity, "WANDB_PROJECT": project, "SWEEP_ID": name}
+    given = {"WANDB_ENTITY": entity, "WANDB_PROJECT": project, "SWEEP_ID": name, "SWEEP_CACHE": str(cache.resolve())}
     html = folder / "analysis.html"
     command = python("jupyter", "nbconvert", "--execute", "--to", "html", "--output", str(html.resolve()))
     done = subprocess.run(
@@ -182,7 +182,7 @@ def main() -> int:
     print(f"sweep page: {page(settings.server_dir, path) if settings.server else results.url}")
     print(f"tables, plots, agents' logs: {folder}")
     if settings.notebook and len(results.frame):
-        print(f"notebook: {execute_notebook(path, folder)}")
+        print(f"notebook: {execute_notebook(path, settings.output, folder)}")
     if len(results.missing):
         print(f"error: {len(results.missing)} points are missing; see the agents' logs", file=sys.stderr)
         return 1
