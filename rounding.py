@@ -1,14 +1,14 @@
 """Choosing the codes of one layer: nearest, GPTQ, and cyclic coordinate descent, all on the layer's least squares.
 
-A layer with weight W [out, k] sees quantized inputs X^ [k, n] where the FP32 network sees X. We want codes u (integers,
-zero-point taken off) and a scale s a row that minimise || Y - s u X^ ||^2 with Y = W X: FP32 targets on quantized
-inputs, so each layer also repairs what the layers before it did ("asymmetric" reconstruction). Only the Gram form is
-kept: H = X^ X^T [groups, k, k] and B = Y X^T [out, k]; a row's loss is s^2 u H u - 2 s u B (+ a constant).
-Centring both (the means taken off) leaves the bias free; its best value is then mean(Y) - s u mean(X^), which is
-empirical bias correction (Nagel et al. 2019, section 4.2) solved together with the rounding.
+A layer with weight W [out, k] sees quantized inputs X^ [k, n] where the FP32 network sees X. We want codes u
+(integers, zero-point taken off) and a scale s a row that minimise || Y - s u X^ ||^2 with Y = W X: FP32 targets on
+quantized inputs, so each layer also repairs what the layers before it did ("asymmetric" reconstruction). Only the
+Gram form is kept: H = X^ X^T [groups, k, k] and B = Y X^T [out, k]; a row's loss is s^2 u H u - 2 s u B (+ a
+constant). Centring both (the means taken off) leaves the bias free; its best value is then mean(Y) - s u mean(X^),
+which is empirical bias correction (Nagel et al. 2019, section 4.2) solved together with the rounding.
 
 nearest  Round to nearest (RTN), the plain method.
-gptq     Frantar et al. 2023, algorithm 1: columns one by one, the error spread over the columns left (from H's inverse).
+gptq     Frantar et al. 2023, algorithm 1: columns one by one, the error spread over those left (by H's inverse).
 cd       GPTQ's codes, then cyclic coordinate descent: u_j <- clip(round(u_j + r_j / H_jj)), r = B / s - u H, until no
          code moves (QuantEase, Behdin et al. 2023; CDQuant, Nair & Suggala 2024), in turn with the best scale for the
          codes, s = u B / u H u. The loss never rises. Several ranges a channel are tried side by side.

@@ -27,6 +27,7 @@ import checkpoint as checkpoints
 import data
 import results
 import tracking
+from allocator import keep_freed_memory
 from calibration import METHODS, Plan, method_plan, quantize_network
 from checkpoint import Checkpoint
 from cli import option, parse
@@ -86,6 +87,9 @@ class Settings:
         None, "range of the activations' grids", choices=ACTIVATION_RANGES, group="quantization"
     )
     bias_correction: bool | None = option(None, "biases that keep each layer's mean", group="quantization")
+    equalize: bool | None = option(
+        None, "channels of about equal range, where activations are quantized", group="quantization"
+    )
     edge_bits: int | None = option(
         None,
         "at least so many bits in the first and the last layer; 0: no exception",
@@ -149,6 +153,7 @@ class Outcome:
 
 def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
+    keep_freed_memory()
     points = [settings] if tracking.under_agent() else grid(settings)
     subject = None
     rows = results.read(settings.output)
@@ -197,7 +202,7 @@ def point_of(settings: Settings) -> Point:
     weight_bits, activation_bits = (None if b[0] == 32 else b[0] for b in bits)
     changes = {
         name: getattr(settings, name)
-        for name in ("weight_range", "act_range", "bias_correction", "edge_bits")
+        for name in ("weight_range", "act_range", "bias_correction", "equalize", "edge_bits")
         if getattr(settings, name) is not None
     }
     plan, method = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
