@@ -63,7 +63,11 @@ class Work:
 
 
 def onnxruntime(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candidate]:
-    """Static QDQ. Per-channel weights, unsigned activations (its guide for x86 with VNNI); two kinds of calibration."""
+    """Static QDQ. Per-channel weights, unsigned activations (its guide for x86 with VNNI); two kinds of calibration.
+
+    Where weights have fewer than 8 bits, the first and the last layer keep 8.
+    """
+    import onnx
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -94,6 +98,8 @@ def onnxruntime(work: Work, weight_bits: int, activation_bits: int) -> Iterator[
         begun = time.process_time()
         prepared, path = work.own / "prepared.onnx", work.own / f"{name}.onnx"
         quant_pre_process(str(work.folder / "fp32.onnx"), str(prepared), skip_symbolic_shape=True)
+        layers = [n for n in onnx.load(prepared).graph.node if n.op_type in ("Conv", "Gemm")]
+        edges = [layers[0], layers[-1]] if weight_bits < 8 else []
         signed, unsigned = {8: (QuantType.QInt8, QuantType.QUInt8), 4: (QuantType.QInt4, QuantType.QUInt4)}[weight_bits]
         quantize_static(
             str(prepared),
@@ -109,11 +115,16 @@ def onnxruntime(work: Work, weight_bits: int, activation_bits: int) -> Iterator[
                 "CalibTensorRangeSymmetric": False,
                 "CalibPercentile": 99.99,
                 "CalibStridedMinMax": 1,
+                "TensorQuantOverrides": {
+                    layer.input[1]: [{"quant_type": QuantType.QInt8, "axis": 0}] for layer in edges
+                },
             },
         )
         seconds = time.process_time() - begun
         integers = weight_bits == activation_bits == 8
-        return Candidate(name, onnx_predictor(path), seconds, path, REAL if integers else FLOAT)
+        return Candidate(
+            name, onnx_predictor(path, fuse=activation_bits == 8), seconds, path, REAL if integers else FLOAT
+        )
 
     kinds = {"min-max": CalibrationMethod.MinMax, "percentile 99.99": CalibrationMethod.Percentile}
     for name, method in kinds.items():
@@ -122,12 +133,15 @@ def onnxruntime(work: Work, weight_bits: int, activation_bits: int) -> Iterator[
             yield quantized(f"{name}, asymmetric weights", method, True)
 
 
-def onnx_predictor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def onnx_predictor(path: Path, fuse: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """`fuse`: let it make integer kernels of QDQ groups; those of 4-bit activations become an invalid graph there."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.add_session_config_entry("session.x64quantprecision", "1")  # no saturation on CPUs without VNNI
+    if not fuse:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda pictures: session.run(None, {name: pictures})[0]
@@ -355,42 +369,36 @@ def brevitas(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Can
 
 
 def quanto(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candidate]:
-    """Batch norm folded; per-channel weights by its default optimizer and by HQQ; int8 activations, calibrated.
+    """Batch norm folded; per-channel weights by its default optimizer; int8 activations, calibrated.
 
-    Where weights have fewer than 8 bits, the first and the last layer keep 8.
+    Where weights have fewer than 8 bits, the first and the last layer keep 8. Its HQQ optimizer is left out: of a
+    convolution it stores one float zero-point per weight, so that its file at 4 bits is larger than FP32's.
     """
     import torch
-    from optimum.quanto import Calibration, HqqOptimizer, freeze, qint2, qint4, qint8, quantization_map, quantize
+    from optimum.quanto import Calibration, freeze, qint2, qint4, qint8, quantization_map, quantize
     from safetensors.torch import save_file
 
     kinds = {8: qint8, 4: qint4, 2: qint2}
     activations = None if activation_bits == 32 else kinds[activation_bits]
-    for optimizer in (None, HqqOptimizer()) if weight_bits < 8 else (None,):
-        begun = time.process_time()
-        model = torch_model(work, folded=True)
-        if weight_bits < 8:
-            quantize(model, weights=qint8, activations=activations, include=["features.0.0", "classifier.1"])
-            quantize(
-                model,
-                weights=kinds[weight_bits],
-                activations=activations,
-                optimizer=optimizer,
-                exclude=["features.0.0", "classifier.1"],
-            )
-        else:
-            quantize(model, weights=kinds[weight_bits], activations=activations)
-        if activations:
-            with torch.inference_mode(), Calibration():
-                for batch in work.batches("calibration", 64):
-                    model(torch.from_numpy(batch))
-        freeze(model)
-        seconds = time.process_time() - begun
-        name = "HQQ" if optimizer else "default optimizer"
-        path = work.own / name
-        path.mkdir(exist_ok=True)
-        save_file(model.state_dict(), path / "model.safetensors")
-        (path / "quantization_map.json").write_text(json.dumps(quantization_map(model)))
-        yield Candidate(name, torch_predictor(model), seconds, path, FLOAT)
+    edges = ["features.0.0", "classifier.1"]
+    begun = time.process_time()
+    model = torch_model(work, folded=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU6):
+            module.inplace = False  # in place, it has no effect on quanto's activation tensors
+    quantize(model, weights=qint8, activations=activations, include=edges)
+    quantize(model, weights=kinds[weight_bits], activations=activations, exclude=edges)
+    if activations:
+        with torch.no_grad(), Calibration():
+            for batch in work.batches("calibration", 64):
+                model(torch.from_numpy(batch))
+    freeze(model)
+    seconds = time.process_time() - begun
+    path = work.own / "saved"
+    path.mkdir(exist_ok=True)
+    save_file(model.state_dict(), path / "model.safetensors")
+    (path / "quantization_map.json").write_text(json.dumps(quantization_map(model)))
+    yield Candidate("default optimizer", torch_predictor(model), seconds, path, FLOAT)
 
 
 def torchao(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candidate]:
@@ -413,10 +421,9 @@ def torchao(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Cand
     sample = (torch.zeros(2, 3, 32, 32),)
     begun = time.process_time()
     captured = torch.export.export(torch_model(work), sample, dynamic_shapes=shapes).module()
-    top = 2 ** (weight_bits - 1) - 1
-    low = -top if weight_bits == 8 else -top - 1
+    top = 2 ** (weight_bits - 1) - 1  # from -top, as its default for 8 bits: the lowest code would shift the scale
     quantizer = XNNPACKQuantizer()
-    quantizer.set_global(get_symmetric_quantization_config(True, weight_qmin=low, weight_qmax=top))
+    quantizer.set_global(get_symmetric_quantization_config(True, weight_qmin=-top, weight_qmax=top))
     if weight_bits < 8:
         for name in ("features.0", "classifier"):
             quantizer.set_module_name(name, get_symmetric_quantization_config(True))
