@@ -124,9 +124,15 @@ def fold_batch_norm(model: MobileNetV2, normalization: Normalization) -> Network
 
 def walk(ops: Sequence[Op], first: Value, do: Callable[[Op, list[Value]], Value]) -> Value:
     """Runs the operations in order: `do(op, inputs)` makes each value. Values are dropped after their last use."""
+    return resume(ops, {}, INPUT, first, do)
+
+
+def resume(
+    ops: Sequence[Op], values: Mapping[str, Value], name: str, value: Value, do: Callable[[Op, list[Value]], Value]
+) -> Value:
+    """`walk` from the middle: `ops` are those left; `value`, called `name`, and `values` those made that they need."""
     last_use = {name: i for i, op in enumerate(ops) for name in op.inputs}
-    values = {INPUT: first}
-    result = first
+    values, result = {**values, name: value}, value
     for i, op in enumerate(ops):
         result = do(op, [values[name] for name in op.inputs])
         values[op.name] = result

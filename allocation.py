@@ -1,0 +1,399 @@
+"""Mixed precision: how many bits each layer, or each value, gets, so that the harm is least under a budget of bytes.
+
+1. Sensitivity: each layer is quantized alone, at every width, by the plan's own method; its harm is the divergence
+   KL(FP32 || quantized) of the network's outputs, over pictures that its rounding did not see (HAWQ-V2, Dong et al.
+   2020, uses the Hessian's trace in its place; a direct measurement costs a run from that layer to the end, no more).
+2. Allocation: one width a layer, least sum of harms, bytes under the budget. This is the multiple-choice knapsack
+   problem (Kellerer, Pferschy & Pisinger 2004, chapter 11), solved exactly by dynamic programming with bounds.
+3. What harms add up to is only a forecast: sizes and drops that are promised are those of the whole network, quantized.
+
+The allocation is kept in a small YAML file that can be read, edited and used again (`write_bits`, `read_bits`).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import compression
+import entropy as entropy_coder
+import rounding
+from calibration import CHUNK, Plan, equalized, observe, plain_layer, round_layer, share_of_pictures
+from errors import UserError
+from files import write_bytes
+from network import INPUT, Network, Op, apply_float, relu6, resume, run_float, value_sizes, walk
+from quantization import Layer, QuantizedNetwork, activation_grid, fake_quantize, float_network, with_layers
+
+CHOICES = (1, 2, 3, 4, 5, 6, 8)
+MEASURED = 128  # pictures that harms are measured on
+Variant = Callable[[Sequence[Tensor]], Tensor]  # inputs of an operation → its result, a little wrong
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One layer (or value: layer is None) at one width: what it costs, and what it does to the outputs, in nats."""
+
+    harm: float
+    bytes: int
+    layer: Layer | None = None
+
+
+Table = Mapping[str, Mapping[int, Trial]]  # name of a layer or value → bits → trial
+
+
+# --------------------------------------------------------------------------------------------------------- sensitivity
+
+
+@torch.inference_mode()
+def sensitivities(
+    network: Network,
+    images: Tensor,
+    plan: Plan,
+    choices: Sequence[int] = CHOICES,
+    entropy: bool = False,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> dict[str, dict[int, Trial]]:
+    """Every layer at every width, alone, by the plan's method. images: uint8 [N, 3, H, W], training pictures: the last
+    few (MEASURED, a quarter at most) measure the harm, the others round. entropy: bytes are counted after coding.
+    on_layer(name) tells progress."""
+    choices = [bits for bits in choices if bits > 1 or not plan.symmetric]  # one bit has no middle code
+    held_out = min(MEASURED, max(1, len(images) // 4))
+    sums = layer_moments(network, images[:-held_out])
+    layers: dict[str, dict[int, Layer]] = {}
+    for op in network.weighted:
+        moments = sums.pop(op.name)
+        layers[op.name] = {bits: alone(network, op, moments, plan, bits) for bits in choices}
+        on_layer(op.name)
+
+    def variants(op: Op) -> dict[int, Variant]:
+        return {bits: ran_with(op, layer, network.caps.get(op.name)) for bits, layer in layers.get(op.name, {}).items()}
+
+    harms = output_harms(network, images[-held_out:], variants)
+    return {
+        op.name: {
+            bits: Trial(harms[op.name][bits], layer_bytes(op, layer, entropy), layer)
+            for bits, layer in layers[op.name].items()
+        }
+        for op in network.weighted
+    }
+
+
+@torch.inference_mode()
+def value_sensitivities(
+    network: Network, images: Tensor, plan: Plan, choices: Sequence[int] = CHOICES[1:]
+) -> dict[str, dict[int, Trial]]:
+    """Every value but the picture and the logits, alone, on the plan's kind of grid; bytes are those of one picture."""
+    if plan.equalize:
+        network = equalized(network, images, plan)
+    seen = observe(network, images)
+    elements = value_sizes(network.ops, network.weights, images.shape[-1])
+
+    def variants(op: Op) -> dict[int, Variant]:
+        if op == network.ops[-1]:
+            return {}
+        grids = {b: activation_grid(seen[op.name], b, op.unsigned, plan.act_range, plan.percentile) for b in choices}
+        return {b: lambda inputs, g=grid: fake_quantize(run_float(network, op, inputs), g) for b, grid in grids.items()}
+
+    harms = output_harms(network, images[:MEASURED], variants)
+    return {
+        name: {bits: Trial(harm, compression.packed_bytes(elements[name], bits)) for bits, harm in row.items()}
+        for name, row in harms.items()
+    }
+
+
+def layer_moments(network: Network, images: Tensor) -> dict[str, rounding.Moments]:
+    """The least squares of every layer on FP32 inputs, by one run over the pictures: they serve all widths."""
+    sums: dict[str, rounding.Moments] = {}
+
+    def do(op: Op, inputs: list[Tensor]) -> Tensor:
+        if not op.has_weight:
+            return run_float(network, op, inputs)
+        weight, bias = network.weights[op.name], network.biases[op.name]
+        y = apply_float(replace(op, relu6=False), inputs, weight, None)
+        take = share_of_pictures(op, y, len(images))
+        part = rounding.moments(op, inputs[0][:take], y[:take], tuple(weight.shape[2:]))
+        sums[op.name] = sums[op.name] + part if op.name in sums else part
+        y = y + bias.view(-1, *(1,) * (y.ndim - 2))
+        return relu6(y, network.caps.get(op.name)) if op.relu6 else y
+
+    for start in range(0, len(images), CHUNK):
+        walk(network.ops, network.normalization(images[start : start + CHUNK]), do)
+    return sums
+
+
+def alone(network: Network, op: Op, sums: rounding.Moments, plan: Plan, bits: int) -> Layer:
+    """The layer at that width, by the plan's method (coordinate descent where that needs more than one layer)."""
+    method = plan.rounding if plan.rounding in rounding.METHODS else "cd"
+    plan = replace(plan, weight_bits=bits, edge_bits=None, layer_bits={}, rounding=method)
+    layer = plain_layer(network, op, plan)
+    return round_layer(op, layer, network.weights[op.name], network.biases[op.name], sums, plan)
+
+
+def ran_with(op: Op, layer: Layer, cap: Tensor | None) -> Variant:
+    return lambda inputs: apply_float(op, inputs, layer.weight, layer.bias, cap)
+
+
+def output_harms(
+    network: Network, images: Tensor, variants: Callable[[Op], Mapping[int, Variant]]
+) -> dict[str, dict[int, float]]:
+    """Mean KL(FP32 || changed) of the outputs, in nats, for every variant of every operation: the FP32 network runs
+    once, and each variant from its own operation to the end."""
+    made = {op.name: variants(op) for op in network.ops}
+    harms = {name: dict.fromkeys(row, 0.0) for name, row in made.items() if row}
+
+    def do(op: Op, inputs: list[Tensor]) -> Tensor:
+        return run_float(network, op, inputs)
+
+    for start in range(0, len(images), CHUNK):
+        values = {INPUT: network.normalization(images[start : start + CHUNK])}
+        exact = walk(network.ops, values[INPUT], do).double().log_softmax(1)
+        for i, op in enumerate(network.ops):
+            inputs, rest = [values[name] for name in op.inputs], network.ops[i + 1 :]
+            needed = {name for later in rest for name in later.inputs}
+            values = {name: value for name, value in values.items() if name in needed}
+            for bits, variant in made[op.name].items():
+                changed = resume(rest, values, op.name, variant(inputs), do).double().log_softmax(1)
+                harms[op.name][bits] += float((exact.exp() * (exact - changed)).sum()) / len(images)
+            values[op.name] = do(op, inputs)
+    return harms
+
+
+def layer_bytes(op: Op, layer: Layer, entropy: bool) -> int:
+    """What the layer takes in the packed file: codes, scales, zero-points, bias. With entropy coding: its codes coded,
+    where that is smaller; what deflating scales and biases gains is not foreseen."""
+    grid = layer.grid
+    middle = bool((grid.zero_point == 2 ** (grid.bits - 1)).all())
+    coded = None
+    if entropy:
+        symbols = compression.centred(layer.codes.flatten(1), grid, -1).numpy().reshape(-1)
+        coded = math.ceil(entropy_coder.coded_bytes(symbols, grid.bits))
+        coded = coded if coded < compression.packed_bytes(len(symbols), grid.bits) else None
+    return compression.layer_size(
+        op, layer, compression.Plan(grid.bits, grid.scale.ndim == 1, middle, coded)
+    ).total_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------- allocation
+
+
+def allocate(table: Table, budget: float) -> dict[str, int]:
+    """Bits of every row of the table: the least sum of harms among all with at most `budget` bytes. Exact.
+
+    States (bytes, harm) grow row by row. A state goes when another has no more bytes and no more harm, or when even a
+    bound on what the rows left must add (their linear relaxation) is above the harm of a solution known already.
+    UserError where the budget is below the smallest choice of every row."""
+    names = list(table)
+    options = {name: sorted((t.bytes, t.harm, bits) for bits, t in table[name].items()) for name in names}
+    smallest = sum(options[name][0][0] for name in names)
+    if budget < smallest:
+        raise UserError(f"a budget of {budget:.0f} bytes is below the least there is, {smallest}; give more")
+    bounds = [relaxation([options[name] for name in names[i:]]) for i in range(len(names) + 1)]
+    known = rounded_relaxation([options[name] for name in names], budget)
+    costs, harms = np.zeros(1), np.zeros(1)
+    history = []  # for each row: (index of the state it came from, bits)
+    for name, bound in zip(names, bounds[1:], strict=True):
+        sizes, added, bits = (np.array(column, float) for column in zip(*options[name], strict=True))
+        new_costs, new_harms = (costs[:, None] + sizes).ravel(), (harms[:, None] + added).ravel()
+        left = budget - new_costs
+        least = new_harms + np.interp(left, *bound, left=np.inf)
+        keep = np.flatnonzero((left >= bound[0][0]) & (least <= known * (1 + 1e-9) + 1e-15))
+        keep = keep[np.lexsort((new_harms[keep], new_costs[keep]))]
+        before = np.concatenate([[np.inf], np.minimum.accumulate(new_harms[keep])[:-1]])
+        keep = keep[new_harms[keep] < before]
+        costs, harms = new_costs[keep], new_harms[keep]
+        history.append((keep // len(sizes), bits[keep % len(sizes)].astype(int)))
+    state, chosen = int(harms.argmin()), {}
+    for name, (origin, bits) in zip(reversed(names), reversed(history), strict=True):
+        chosen[name], state = int(bits[state]), origin[state]
+    return {name: chosen[name] for name in names}
+
+
+Options = Sequence[tuple[float, float, int]]  # (bytes, harm, bits), by rising bytes
+
+
+def hull(options: Options) -> list[tuple[float, float]]:
+    """The lower convex hull of (bytes, harm), from the fewest bytes to the least harm."""
+    corners: list[tuple[float, float]] = []
+    for x, y, _ in options:
+        if corners and y >= corners[-1][1]:
+            continue
+        while corners and corners[-1][0] == x:
+            corners.pop()
+        while len(corners) > 1 and slope(corners[-2], corners[-1]) >= slope(corners[-1], (x, y)):
+            corners.pop()
+        corners.append((x, y))
+    return corners
+
+
+def slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def steps_of(rows: Sequence[Options]) -> tuple[float, float, list[tuple[float, float]]]:
+    """(least bytes, their harm, steps (bytes, harm) along all hulls, steepest first)."""
+    hulls = [hull(options) for options in rows]
+    steps = [(b[0] - a[0], b[1] - a[1]) for h in hulls for a, b in zip(h, h[1:], strict=False)]
+    return sum(h[0][0] for h in hulls), sum(h[0][1] for h in hulls), sorted(steps, key=lambda s: s[1] / s[0])
+
+
+def relaxation(rows: Sequence[Options]) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes, harm): corners of the least harm that a mix of neighbouring choices reaches, as a function of bytes."""
+    cost, harm, steps = steps_of(rows)
+    corners = np.array([(cost, harm), *steps]).cumsum(0)
+    return corners[:, 0], corners[:, 1]
+
+
+def rounded_relaxation(rows: Sequence[Options], budget: float) -> float:
+    """The harm of a solution: the steepest steps that fit, until the first that does not."""
+    cost, harm, steps = steps_of(rows)
+    for more, change in steps:
+        if cost + more > budget:
+            break
+        cost, harm = cost + more, harm + change
+    return harm
+
+
+# --------------------------------------------------------------------------------------------------- promises and kept
+
+
+Build = Callable[[dict[str, int]], QuantizedNetwork]
+
+
+def fit_size(
+    network: Network, table: Table, target: int, build: Build, size: Callable[[QuantizedNetwork], int], tries: int = 6
+) -> tuple[dict[str, int], QuantizedNetwork]:
+    """The least harm whose whole file, by `size` of the network that `build` makes, takes at most `target` bytes.
+
+    What the rows do not count (header, grids, coder's tables) is learned from the layers of the table, put together
+    without a new calibration; if the built network then is too large all the same, the budget shrinks by the excess.
+    UserError where the target is out of reach."""
+    start = float_network(network)
+
+    def rest(bits: Mapping[str, int]) -> int:
+        layers = {name: table[name][b].layer for name, b in bits.items()}
+        return size(with_layers(start, layers)) - total_bytes(table, bits)
+
+    bits = smallest_bits(table)
+    overhead = rest(bits)
+    least = total_bytes(table, bits) + overhead
+    if least > target:
+        raise UserError(f"--target-size-mb {target / 1e6:g} is out of reach; the smallest file takes {least / 1e6:.3f}")
+    for _ in range(3):
+        overhead = rest(allocate(table, max(target - overhead, total_bytes(table, bits))))
+    for _ in range(tries):
+        if target - overhead < total_bytes(table, bits):
+            break
+        chosen = allocate(table, target - overhead)
+        built = build(chosen)
+        excess = size(built) - target
+        if excess <= 0:
+            return chosen, built
+        overhead += excess
+    raise UserError(f"--target-size-mb {target / 1e6:g} is out of reach by a little; give a larger one")
+
+
+def smallest_within(
+    table: Table, most_drop: float, build: Build, drop: Callable[[QuantizedNetwork], float], precision: float = 0.01
+) -> tuple[dict[str, int], QuantizedNetwork, float]:
+    """(bits, network, its drop): the smallest network whose `drop` is at most `most_drop`, by bisection over budgets
+    (in proportion, until they are `precision` apart). Every candidate is built and measured; drops need not be
+    monotonic, but the one returned kept the promise. UserError where even the largest choice does not."""
+    low, high = (float(total_bytes(table, pick)) for pick in (smallest_bits(table), largest_bits(table)))
+    best: tuple[dict[str, int], QuantizedNetwork, float] | None = None
+    tried: dict[tuple[int, ...], float] = {}
+    while high / low > 1 + precision:
+        budget = math.sqrt(low * high)
+        bits = allocate(table, budget)
+        if (key := tuple(bits.values())) not in tried:
+            network = build(bits)
+            tried[key] = drop(network)
+            if tried[key] <= most_drop:
+                best = bits, network, tried[key]
+        low, high = (low, budget) if tried[key] <= most_drop else (budget, high)
+    if best is None:
+        bits = largest_bits(table)
+        network = build(bits)
+        if (lost := drop(network)) > most_drop:
+            raise UserError(
+                f"--max-drop {most_drop:g} is out of reach: with the most bits the drop is {lost:.2f} on the "
+                "validation pictures"
+            )
+        best = bits, network, lost
+    return best
+
+
+def smallest_bits(table: Table) -> dict[str, int]:
+    return {name: min(row, key=lambda bits: row[bits].bytes) for name, row in table.items()}
+
+
+def largest_bits(table: Table) -> dict[str, int]:
+    return {name: max(row, key=lambda bits: row[bits].bytes) for name, row in table.items()}
+
+
+def total_bytes(table: Table, bits: Mapping[str, int]) -> int:
+    return sum(table[name][b].bytes for name, b in bits.items())
+
+
+def mean_bits(bits: Mapping[str, int], elements: Mapping[str, int]) -> float:
+    """Bits an element, over the rows of `bits`."""
+    return sum(elements[name] * b for name, b in bits.items()) / sum(elements[name] for name in bits)
+
+
+# ------------------------------------------------------------------------------------------------------- the YAML file
+
+
+PARTS = {"layers": (1, 8, "--weight-bits"), "values": (2, 8, "--act-bits")}  # the least and the most bits
+
+
+def write_bits(path: Path, layers: Mapping[str, int], values: Mapping[str, int], notes: Sequence[str] = ()) -> None:
+    """A YAML file with the bits of layers and values, whichever there are; notes stand in front as comments."""
+    lines = [f"# {note}" for note in notes]
+    for title, bits in (("layers", layers), ("values", values)):
+        if bits:
+            lines += [f"{title}:", *(f"  {name}: {b}" for name, b in bits.items())]
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
+
+
+def read_bits(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """(bits of layers, bits of values) from a file as `write_bits` makes it; one of them may be missing.
+    UserError, one line, where the file is missing or is no such file."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--bits-file {path} cannot be read ({error}); make one with --target-size-mb") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--bits-file {path} is not YAML ({error}); expected layers: and values:") from None
+    if not isinstance(document, dict) or set(document) - set(PARTS) or not any(document.values()):
+        raise UserError(f"--bits-file {path}: expected the parts layers: and values:, one or both")
+    layers, values = (checked_bits(path, part, document.get(part) or {}) for part in PARTS)
+    return layers, values
+
+
+def checked_bits(path: Path, part: str, bits: Any) -> dict[str, int]:
+    if not isinstance(bits, dict):
+        raise UserError(f"--bits-file {path}: {part} must hold lines 'name: bits'")
+    low, high, _ = PARTS[part]
+    for name, b in bits.items():
+        if type(b) is not int or not low <= b <= high:
+            raise UserError(f"--bits-file {path}: {name} has {b!r} bits; expected a whole number from {low} to {high}")
+    return dict(bits)
+
+
+def check_names(
+    path: Path, layers: Mapping[str, int], values: Mapping[str, int], ops: Sequence[Op], uniform: Sequence[bool]
+) -> None:
+    """UserError where the bits of a file name what the network has not, or leave out what nothing else says: only where
+    `uniform` (of weights, of activations) bits are given too may names be missing."""
+    known = [op.name for op in ops if op.has_weight], [op.name for op in ops[:-1]]
+    for (part, (*_, flag)), bits, names, others in zip(PARTS.items(), (layers, values), known, uniform, strict=True):
+        if unknown := [name for name in bits if name not in names]:
+            raise UserError(f"--bits-file {path}: {part} has {unknown[0]!r}, the network has not; one is {names[0]}")
+        if bits and not others and (missing := [name for name in names if name not in bits]):
+            raise UserError(f"--bits-file {path}: {part} lacks {missing[0]}; name it, or give {flag} for the others")
