@@ -6,6 +6,9 @@ examples:
   python test.py --weight-bits 4 --save-packed mnv2_w4.safetensors       and keep the packed file
   python test.py --packed mnv2_w4.safetensors                            evaluate it, with nothing else at hand
   python test.py --weight-bits 8,6,4 --act-bits 8,6,4                    a grid, and parallel_coordinates.png
+  python test.py --target-size-mb 0.8 --bits-file bits.yaml              bits of each layer for the best 0.8 MB file
+  python test.py --max-drop 1.0 --bits-file bits.yaml                    the smallest file, a point below FP32 at most
+  python test.py --bits-file bits.yaml                                   the same bits once more
 
 Weights are quantized, packed to a file, and read back from it: what is evaluated is what was packed.
 """
@@ -21,8 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
+import allocation
 import checkpoint as checkpoints
 import data
 import results
@@ -34,11 +39,13 @@ from cli import option, parse
 from compression import SizeReport, load_packed, packed_sizes, save_packed
 from errors import UserError, run_main
 from evaluation import Score, choose_device, score
-from network import Network, fold_batch_norm, to_device
+from files import check_writable
+from network import Network, fold_batch_norm, to_device, value_sizes
 from quantization import ACTIVATION_RANGES, WEIGHT_RANGES, QuantizedNetwork, float_network, predictor
 
 CALIBRATION_BATCH = 128  # pictures in a calibration batch, whatever --batch-size is: it must not change the result
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
+MIXED_BITS = (3, 4)  # mixed weights and activations take the method of uniform ones at these bits
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,29 @@ class Settings:
     )
     entropy: bool = option(False, "entropy-code the packed codes", group="quantization")
 
+    target_size_mb: float | None = option(
+        None, "bits of each layer for the least harm in a packed file of so many MB", low=0.001, group="mixed precision"
+    )
+    max_drop: float | None = option(
+        None,
+        "bits of each layer for the smallest file at most so many points below FP32 on validation pictures",
+        low=0,
+        high=100,
+        group="mixed precision",
+    )
+    target_activation_bits: float | None = option(
+        None,
+        "bits of each value for the least harm with so many bits an element on average",
+        low=2,
+        high=8,
+        group="mixed precision",
+    )
+    bits_file: Path | None = option(
+        None,
+        "YAML with the bits of layers and values: written with one of the above, read without them",
+        group="mixed precision",
+    )
+
     batch_size: int = option(256, "pictures at once; changes the speed, never the result", low=1, group="evaluation")
     seed: int = option(0, "of the choice of calibration pictures", low=0, group="evaluation")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="evaluation")
@@ -117,6 +147,15 @@ class Settings:
     def per_channel(self) -> bool:
         return self.weight_per_channel and not self.weight_per_tensor
 
+    @property
+    def searched(self) -> tuple[bool, bool]:
+        """Whether the bits of layers, and those of values, are to be found."""
+        return bool(self.target_size_mb or self.max_drop is not None), bool(self.target_activation_bits)
+
+    @property
+    def mixed(self) -> bool:
+        return any(self.searched) or self.bits_file is not None
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -128,16 +167,17 @@ class Subject:
     network: Network
     dataset: str
     train: data.Split  # without the pictures that chose the checkpoint
+    validation: data.Split  # those; choices may be made on them
     test: data.Split
     fp32: Score
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation: the bits (None: FP32) and the plan that they and the other settings make."""
+    """One evaluation: the bits (None: FP32; mixed: their mean) and the plan that they and the other settings make."""
 
-    weight_bits: int | None
-    activation_bits: int | None
+    weight_bits: float | None
+    activation_bits: float | None
     plan: Plan
     method: str
 
@@ -191,7 +231,12 @@ def grid(settings: Settings) -> list[Settings]:
     if len(pairs) > 1 and (settings.save_packed or settings.packed):
         name = "--save-packed" if settings.save_packed else "--packed"
         raise UserError(f"{name} goes with one pair of bits, not with a grid of {len(pairs)}")
-    return [dataclasses.replace(settings, weight_quant_bits=(w,), activation_quant_bits=(a,)) for w, a in pairs]
+    if len(pairs) > 1 and settings.mixed:
+        raise UserError(f"mixed precision goes with one pair of bits, not with a grid of {len(pairs)}")
+    points = [dataclasses.replace(settings, weight_quant_bits=(w,), activation_quant_bits=(a,)) for w, a in pairs]
+    if settings.mixed and not settings.packed:
+        point_of(points[0])  # what does not go together is told before anything is loaded
+    return points
 
 
 def point_of(settings: Settings) -> Point:
@@ -205,18 +250,42 @@ def point_of(settings: Settings) -> Point:
         for name in ("weight_range", "act_range", "bias_correction", "equalize", "edge_bits")
         if getattr(settings, name) is not None
     }
+    layers, values = exceptions(settings, weight_bits, activation_bits) if settings.mixed else ({}, {})
+    if layers or settings.searched[0]:
+        weight_bits = weight_bits or MIXED_BITS[0]
+    if values or settings.searched[1]:
+        activation_bits = activation_bits or MIXED_BITS[1]
     plan, method = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
-    plan = dataclasses.replace(plan, symmetric=settings.symmetric, **changes)
+    plan = dataclasses.replace(plan, symmetric=settings.symmetric, layer_bits=layers, value_bits=values, **changes)
     notes = [f"{name}={value}" for name, value in changes.items()]
-    notes += ["symmetric"] * settings.symmetric + ["entropy"] * settings.entropy
+    notes += ["symmetric"] * settings.symmetric + ["entropy"] * settings.entropy + ["mixed"] * settings.mixed
     return Point(weight_bits, activation_bits, plan, "+".join([method, *notes]))
+
+
+def exceptions(
+    settings: Settings, weight_bits: int | None, activation_bits: int | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(bits of layers, of values) from --bits-file, where it is read. UserError where flags do not go together."""
+    if settings.target_size_mb and settings.max_drop is not None:
+        raise UserError("--target-size-mb and --max-drop both choose the weights' bits; give one of them")
+    flags = ("--weight-bits", "--act-bits")
+    for name, bits, searched in zip(flags, (weight_bits, activation_bits), settings.searched, strict=True):
+        if bits and searched:
+            raise UserError(f"{name} is what the target of mixed precision chooses; leave {name} away")
+    if any(settings.searched):
+        return {}, {}
+    layers, values = allocation.read_bits(settings.bits_file)
+    if settings.symmetric and 1 in layers.values():
+        raise UserError(f"--bits-file {settings.bits_file} has 1-bit layers; 1 bit has no middle code for --symmetric")
+    return layers, values
 
 
 def label(settings: Settings) -> tracking.Labels:
     """How W&B shows the run: w4a8-b128, grouped by checkpoint."""
     point = point_of(settings)
     path = settings.packed or default_checkpoint(settings)
-    name = f"w{point.weight_bits or 32}a{point.activation_bits or 32}-b{settings.batch_size}"
+    bits = "mixed" if settings.mixed else f"w{point.weight_bits or 32}a{point.activation_bits or 32}"
+    name = f"{bits}-b{settings.batch_size}"
     return tracking.Labels(name, checkpoints.short_hash(path), (point.method, path.stem))
 
 
@@ -248,11 +317,14 @@ def load_subject(settings: Settings) -> Subject:
     checkpoint = checkpoints.load(path)
     dataset = load_data(settings, checkpoint.dataset, checkpoint.classes)
     val_size, val_seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
-    train, _ = data.stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
+    if settings.mixed and not val_size:
+        val_size = len(dataset.train) // 10
+    train, validation = data.stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
     network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
     device = choose_device(settings.device)
     fp32 = score(predictor(float_network(network), device), dataset.test, settings.batch_size, device)
-    return Subject(path, checkpoints.short_hash(path), checkpoint, network, dataset.name, train, dataset.test, fp32)
+    splits = train, validation, dataset.test
+    return Subject(path, checkpoints.short_hash(path), checkpoint, network, dataset.name, *splits, fp32)
 
 
 # ------------------------------------------------------------------------------------------------------ one evaluation
@@ -261,33 +333,108 @@ def load_subject(settings: Settings) -> Subject:
 def evaluate(settings: Settings, subject: Subject, path: Path) -> Outcome:
     """Quantizes, packs to `path`, reads back, evaluates on the test pictures: one row."""
     point = point_of(settings)
+    if settings.mixed and not any(settings.searched):
+        uniform = settings.weight_quant_bits != (32,), settings.activation_quant_bits != (32,)
+        parts = point.plan.layer_bits, point.plan.value_bits
+        allocation.check_names(settings.bits_file, *parts, subject.network.ops, uniform)
     begun = time.perf_counter()
-    if point.weight_bits or point.activation_bits:
-        images = data.calibration_split(subject.train, pictures(settings, subject), settings.seed).images
+    if any(settings.searched):
+        point, quantized = search(settings, subject, point, path)
+    elif point.weight_bits or point.activation_bits:
         with layer_bar(subject.network) as on_layer:
-            quantized = quantize_network(subject.network, images, point.plan, on_layer)
+            quantized = quantize_network(subject.network, calibration(settings, subject), point.plan, on_layer)
     else:
         quantized = float_network(subject.network)
+    if settings.mixed:
+        point = with_mean_bits(point, quantized)
     calib_seconds = time.perf_counter() - begun
-    row = {
-        **identity(settings, point, subject),
-        "checkpoint": str(subject.path),
-        "width_mult": subject.checkpoint.architecture.width_mult,
-        "test_acc_fp32": subject.fp32.accuracy,
-        "calib_seconds": calib_seconds,
-    }
-    info = {"row": row, "classes": subject.checkpoint.classes, "dataset": subject.checkpoint.dataset}
+    info = described(settings, subject, point)
+    row = {**info["row"], "calib_seconds": calib_seconds}
     sizes = save_packed(quantized, path, info, entropy=settings.entropy)
+    assert not settings.target_size_mb or sizes.total_bytes <= settings.target_size_mb * 1e6, "the file is too large"
     network, _ = load_packed(path)
     return Outcome(
         {**row, **measured(settings, network, subject.test, row["test_acc_fp32"]), **size_cells(sizes)}, sizes, path
     )
 
 
+def described(settings: Settings, subject: Subject, point: Point) -> dict[str, Any]:
+    """What the packed file's header tells of its making; no times, so that the same network makes the same bytes."""
+    row = {
+        **identity(settings, point, subject),
+        "checkpoint": str(subject.path),
+        "width_mult": subject.checkpoint.architecture.width_mult,
+        "test_acc_fp32": subject.fp32.accuracy,
+    }
+    return {"row": row, "classes": subject.checkpoint.classes, "dataset": subject.checkpoint.dataset}
+
+
+def search(settings: Settings, subject: Subject, point: Point, path: Path) -> tuple[Point, QuantizedNetwork]:
+    """Mixed precision: the plan with the bits found, and the network quantized so; --bits-file is written."""
+    if settings.bits_file:
+        check_writable(settings.bits_file)
+    network, images, plan = subject.network, calibration(settings, subject), point.plan
+    notes = [f"Bits of each layer and value, by test.py; method {point.method}, checkpoint {subject.hash}."]
+    if settings.target_activation_bits:
+        table = allocation.value_sensitivities(network, images, plan)
+        elements = value_sizes(network.ops, network.weights)
+        budget = settings.target_activation_bits * sum(elements[name] for name in table) / 8
+        plan = dataclasses.replace(plan, value_bits=allocation.allocate(table, budget))
+        notes.append(f"Values: {allocation.mean_bits(plan.value_bits, elements):.2f} bits an element.")
+
+    def build(bits: dict[str, int]) -> QuantizedNetwork:
+        with layer_bar(network) as on_layer:
+            return quantize_network(network, images, dataclasses.replace(plan, layer_bits=bits), on_layer)
+
+    def size(quantized: QuantizedNetwork) -> int:
+        longest = dataclasses.replace(point, weight_bits=2.22, activation_bits=point.activation_bits and 2.22)
+        info = described(settings, subject, longest)
+        return save_packed(quantized, path, info, entropy=settings.entropy).total_bytes
+
+    if settings.searched[0]:
+        with layer_bar(network) as on_layer:
+            table = allocation.sensitivities(network, images, plan, entropy=settings.entropy, on_layer=on_layer)
+        if settings.target_size_mb:
+            bits, quantized = allocation.fit_size(network, table, int(settings.target_size_mb * 1e6), build, size)
+        else:
+            device = choose_device(settings.device)
+
+            def accuracy(quantized: QuantizedNetwork) -> float:
+                return score(predictor(quantized, device), subject.validation, settings.batch_size, device).accuracy
+
+            fp32 = accuracy(float_network(network))
+            bits, quantized, drop = allocation.smallest_within(
+                table, settings.max_drop, build, lambda q: fp32 - accuracy(q)
+            )
+            notes.append(f"Drop {drop:.2f} points on {len(subject.validation)} validation pictures.")
+        plan = dataclasses.replace(plan, layer_bits=bits)
+        notes.append(f"Packed file: {size(quantized)} bytes.")
+    else:
+        quantized = build({})
+    if settings.bits_file:
+        allocation.write_bits(settings.bits_file, plan.layer_bits, plan.value_bits, notes)
+    return dataclasses.replace(point, plan=plan), quantized
+
+
+def with_mean_bits(point: Point, quantized: QuantizedNetwork) -> Point:
+    """The point with the bits an element that the network has."""
+    weights = {name: layer.codes for name, layer in quantized.layers.items()}
+    elements = value_sizes(quantized.ops, weights)
+    means = []
+    for grids, sizes in (
+        ({name: layer.grid for name, layer in quantized.layers.items()}, {n: w.numel() for n, w in weights.items()}),
+        (quantized.activations, elements),
+    ):
+        bits = {name: grid.bits for name, grid in grids.items() if grid}
+        means.append(round(allocation.mean_bits(bits, sizes), 2) if bits else None)
+    return dataclasses.replace(point, weight_bits=means[0], activation_bits=means[1])
+
+
 def evaluate_packed(settings: Settings) -> Outcome:
     """Evaluates a packed file; what was known of the FP32 network when it was packed is in its header."""
     if (
         settings.checkpoint
+        or settings.mixed
         or settings.weight_quant_bits not in ((), (32,))
         or settings.activation_quant_bits not in ((), (32,))
     ):
@@ -310,6 +457,11 @@ def evaluate_packed(settings: Settings) -> Outcome:
     return Outcome(
         {**row, **measured(settings, network, dataset.test, fp32), **size_cells(sizes)}, sizes, settings.packed
     )
+
+
+def calibration(settings: Settings, subject: Subject) -> Tensor:
+    """uint8 [N, 3, 32, 32]: training pictures."""
+    return data.calibration_split(subject.train, pictures(settings, subject), settings.seed).images
 
 
 def pictures(settings: Settings, subject: Subject) -> int:

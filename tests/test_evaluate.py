@@ -103,6 +103,25 @@ def test_a_packed_file_needs_nothing_else(call):
 
 
 @pytest.mark.parametrize(
+    "flags,column,most",
+    [
+        (["--target-size-mb", "0.06", "--entropy"], "packed_bytes", 60_000),
+        (["--max-drop", "100"], "acc_drop", 100),
+        (["--target-activation-bits", "3.5", "--weight-bits", "4"], "activation_quant_bits", 3.5),
+    ],
+)
+def test_mixed_precision_keeps_its_promise_and_comes_back(call, flags, column, most):
+    target, others = flags[:2], [*flags[2:], "--calib-batches", "1", "--bits-file", "b.yaml", "--rounding", "nearest"]
+    assert call(*target, *others)[0] == 0
+    assert Path("b.yaml").read_text().startswith("# Bits of each layer and value")
+    assert call(*others)[0] == 0, call(*others)[2]
+    searched, read = results.read(Path("results.csv"))
+    assert 0.8 * most < float(searched[column]) <= most or column == "acc_drop"
+    assert {k for k in read if read[k] != searched[k]} <= {"calib_seconds", "eval_seconds", "images_per_second"}
+    assert "mixed" in read["method"] and 2 <= float(read["weight_quant_bits"]) < 8
+
+
+@pytest.mark.parametrize(
     "flags,words",
     [
         (["--weight-bits", "9"], "--weight-quant-bits"),
@@ -113,6 +132,14 @@ def test_a_packed_file_needs_nothing_else(call):
         (["--packed", "nowhere.safetensors"], "--packed"),
         (["--dataset", "digits"], "class"),
         (["--output", "c.safetensors"], "--output"),
+        (["--target-size-mb", "0.06", "--max-drop", "1"], "--max-drop"),
+        (["--target-size-mb", "0.06", "--weight-bits", "4"], "--weight-bits"),
+        (["--target-activation-bits", "1"], "--target-activation-bits"),
+        (["--target-size-mb", "0.001", "--rounding", "nearest", "--calib-batches", "1"], "--target-size-mb"),
+        (["--bits-file", "nowhere.yaml"], "--bits-file"),
+        (["--bits-file", "c.safetensors"], "--bits-file"),
+        (["--bits-file", "b.yaml", "--weight-bits", "4,3"], "grid"),
+        (["--bits-file", "b.yaml", "--packed", "p"], "--packed"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(call, flags, words):
