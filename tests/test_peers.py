@@ -1,0 +1,85 @@
+"""The peers' table: what is in which row, what stands between the markers, a failure that stops nothing."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "benchmarks" / "peers.py"
+
+
+@pytest.fixture(scope="module")
+def peers():
+    spec = importlib.util.spec_from_file_location("peers", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+
+    sys.modules["peers"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(peers, tool: str, bits: str, accuracy: float, size: int, **others: str) -> dict[str, str]:
+    full = dict.fromkeys(peers.COLUMNS, "")
+    return full | {
+        "tool": tool,
+        "bits": bits,
+        "accuracy": str(accuracy),
+        "bytes": str(size),
+        "quantize_seconds": "1",
+        "pictures_per_second": "2",
+        "test_pictures": "10000",
+        **others,
+    }
+
+
+def test_verdict_takes_the_best_other_and_tells_where_we_are_behind(peers) -> None:
+    rows = [
+        row(peers, "ours", "4/8", 90.0, 1000),
+        row(peers, "ours-plain", "4/8", 99.0, 1),
+        row(peers, "quanto", "4/8", 91.5, 3000),
+        row(peers, "aimet", "4/8", 91.0, 900),
+        row(peers, "torchao", "4/8", 99.0, 1, error="it fell over"),
+    ]
+    assert peers.verdict(rows, "4/8") == "| 4/8 | 90.00 | 91.50 (quanto) | -1.50 | 1,000 | 900 (aimet) |"
+    assert peers.verdict(rows, "8/8") is None
+
+
+def test_page_orders_rows_and_shows_failures(peers) -> None:
+    rows = [
+        row(peers, "quanto", "4/8", 0, 0, error="no | such thing"),
+        row(peers, "ours", "4/8", 90.0, 1000),
+        row(peers, "onnxruntime", "8/8", 90.5, 2000),
+        row(peers, peers.FP32, "32/32", 91.0, 8000),
+    ]
+    lines = [line for line in peers.page(rows).splitlines() if line.startswith(("| 32", "| 8/", "| 4/"))]
+    assert [line.split(" | ")[1].strip() for line in lines] == [peers.FP32, "onnxruntime", "ours", "quanto"]
+    assert "| 90.00 | 1.00 | 1,000 |" in lines[2]
+    assert "fails: no / such thing" in lines[3]
+
+
+def test_write_page_replaces_only_what_is_between_the_markers(peers, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"# Before\n\n{peers.BEGIN}\nold\n{peers.END}\n\nAfter\n")
+    for content in ("new\n", "newer\n"):
+        peers.write_page(path, content)
+        assert path.read_text() == f"# Before\n\n{peers.BEGIN}\n\n{content}\n{peers.END}\n\nAfter\n"
+
+
+def test_a_worker_that_fails_is_one_line(peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "export", lambda settings, material: tmp_path)
+    monkeypatch.setattr(peers, "environment", lambda folder, tool: Path("/bin/false"))
+    assert peers.peer(peers.Settings(), None, "quanto", "8/8") == {"error": "it ends without a word"}
+
+    def fake(command, **kwargs):
+        Path(command[-1]).write_text(json.dumps({"accuracy": 1.0}))
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    assert peers.peer(peers.Settings(), None, "quanto", "8/8") == {"accuracy": 1.0}
+
+
+def test_bits_run_in_order_and_only_where_offered(peers) -> None:
+    settings = peers.Settings(tools=("nncf", "ours"), bits=("4/8", "8/8"))
+    assert peers.points(settings) == [(peers.FP32, "32/32"), ("ours", "8/8"), ("nncf", "8/8"), ("ours", "4/8")]
