@@ -64,7 +64,8 @@ def to_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     unmeasured = frame[ACCURACY].isna() & frame[list(BITS)].isna().all(axis=1)
     frame[ACCURACY] = frame[ACCURACY].where(~unmeasured, frame[FP32_ACCURACY])  # FP32 itself, not quantized
     for name in BITS:
-        frame[name] = frame[name].fillna(FLOAT_BITS).astype(int)
+        bits = frame[name].fillna(FLOAT_BITS)
+        frame[name] = bits.astype(int) if (bits % 1 == 0).all() else bits  # mixed precision has a mean, such as 3.27
     return frame[frame[ACCURACY].notna()].reset_index(drop=True)
 
 
@@ -80,9 +81,9 @@ def read_results(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} is not a table that test.py wrote ({str(error).splitlines()[0]})") from None
 
 
-def configuration(weight_bits: int, activation_bits: int) -> str:
+def configuration(weight_bits: float, activation_bits: float) -> str:
     """The short name of a pair of bit widths: w4a8, w4a32, or FP32 where neither is quantized."""
-    return "FP32" if weight_bits == activation_bits == FLOAT_BITS else f"w{weight_bits}a{activation_bits}"
+    return "FP32" if weight_bits == activation_bits == FLOAT_BITS else f"w{weight_bits:g}a{activation_bits:g}"
 
 
 def names(frame: pd.DataFrame) -> list[str]:
@@ -319,7 +320,7 @@ def parallel_axes(frame: pd.DataFrame) -> list[Axis]:
 def level_axis(label: str, values: pd.Series) -> Axis:
     levels = sorted(values.unique())
     places = {level: (i + 0.5) / len(levels) for i, level in enumerate(levels)}
-    return Axis(label, values.map(places).to_numpy(float), tuple((places[v], f"{v}") for v in levels), True)
+    return Axis(label, values.map(places).to_numpy(float), tuple((places[v], f"{v:g}") for v in levels), True)
 
 
 def number_axis(label: str, values: pd.Series, log: bool = False, unit: str = "") -> Axis:
@@ -511,8 +512,8 @@ def pareto_figure(frame: pd.DataFrame) -> Figure:
     )
     for bits in sorted(frame[ACTIVATIONS].unique()):
         part = frame[frame[ACTIVATIONS] == bits]
-        name = f"{bits}-bit activations" if bits < FLOAT_BITS else "FP32 activations"
-        color = LEVEL_COLORS[-1] if bits == FLOAT_BITS else LEVEL_COLORS[(bits - 2) % len(LEVEL_COLORS)]
+        name = f"{bits:g}-bit activations" if bits < FLOAT_BITS else "FP32 activations"
+        color = LEVEL_COLORS[-1] if bits == FLOAT_BITS else LEVEL_COLORS[(int(bits) - 2) % len(LEVEL_COLORS)]
         marker = dict(size=10, color=color, line=dict(width=1, color="white"))
         figure.add_scatter(
             x=part[SIZE], y=part[ACCURACY], mode="markers", name=name, marker=marker, text=names(part),
@@ -548,8 +549,8 @@ def heatmap_figure(frame: pd.DataFrame) -> Figure:
     figure = go.Figure(
         go.Heatmap(
             z=table.to_numpy(),
-            x=[f"a{bits}" for bits in table.columns],
-            y=[f"w{bits}" for bits in table.index],
+            x=[f"a{bits:g}" for bits in table.columns],
+            y=[f"w{bits:g}" for bits in table.index],
             text=texts,
             texttemplate="%{text}",
             textfont_size=14,

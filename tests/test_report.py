@@ -34,6 +34,14 @@ def test_empty_bits_are_32_and_rows_without_accuracy_are_dropped():
     assert report.names(frame) == ["FP32", "w4a32"]
 
 
+def test_mixed_precision_keeps_its_mean_bits(tmp_path):
+    frame = report.to_frame([FP32, row(3.27, 8, 93.0, 1.0), row(4, 8, 93.5, 1.2)])
+    assert report.names(frame) == ["FP32", "w3.27a8", "w4a8"]
+    report.write_plots(frame, tmp_path / "p.png")
+    shown = report.heatmap_figure(frame).data[0]
+    assert list(shown.y) == ["w3.27", "w4", "w32"] and list(shown.x) == ["a8", "a32"]
+
+
 def test_fp32_row_without_quantized_accuracy_gets_the_reference():
     assert report.to_frame([row(None, None, math.nan, 9.1)])["test_acc_quantized"].tolist() == [94.0]
 
