@@ -69,24 +69,28 @@ class Plan:
         return max(bits, self.edge_bits) if edge and self.edge_bits else bits
 
 
+FEW_BITS = 3  # from here down, the ends get 8 bits and channels are equalized
 METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
 
 
 def method_plan(
     method: str, weight_bits: int | None, activation_bits: int | None, per_channel: bool = True
 ) -> tuple[Plan, str]:
-    """(plan, name of the method). auto: what won on validation at these bits (benchmarks/methods.py).
+    """(plan, name of the method).
 
     plain: what a first textbook would do: min-max weights rounded to nearest, min-max activations, nothing corrected.
-    reconstruct: starts from what auto makes of coordinate descent.
+    auto: what won on 2,000 validation pictures of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent
+    with corrected biases; 8 bits at both ends where the rest has 3 or fewer; equalization where activations have 3 or
+    fewer (at 4 it costs accuracy). reconstruct: the same, then gradients.
     """
     plan = Plan(weight_bits, activation_bits, per_channel)
     if method == "plain":
         return replace(plan, act_range="minmax"), method
     if method in ("auto", "reconstruct"):
-        plan = replace(plan, bias_correction=True, edge_bits=8)
-    method = "cd" if method == "auto" else method
-    return replace(plan, rounding=method), method
+        few = min(weight_bits or 32, activation_bits or 32) <= FEW_BITS
+        even = (activation_bits or 32) <= FEW_BITS
+        plan = replace(plan, bias_correction=True, edge_bits=8 if few else None, equalize=even)
+    return replace(plan, rounding="cd" if method == "auto" else method), method
 
 
 @torch.inference_mode()

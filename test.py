@@ -105,7 +105,7 @@ class Settings:
         group="quantization",
     )
     calib_batches: int = option(
-        8, f"batches of {CALIBRATION_BATCH} training pictures for calibration", low=1, group="quantization"
+        4, f"batches of {CALIBRATION_BATCH} training pictures for calibration", low=1, group="quantization"
     )
     entropy: bool = option(False, "entropy-code the packed codes", group="quantization")
 
@@ -339,7 +339,7 @@ def evaluate(settings: Settings, subject: Subject, path: Path) -> Outcome:
         allocation.check_names(settings.bits_file, *parts, subject.network.ops, uniform)
     begun = time.perf_counter()
     if any(settings.searched):
-        point, quantized = search(settings, subject, point, path)
+        point, quantized = search(settings, subject, point)
     elif point.weight_bits or point.activation_bits:
         with layer_bar(subject.network) as on_layer:
             quantized = quantize_network(subject.network, calibration(settings, subject), point.plan, on_layer)
@@ -369,7 +369,7 @@ def described(settings: Settings, subject: Subject, point: Point) -> dict[str, A
     return {"row": row, "classes": subject.checkpoint.classes, "dataset": subject.checkpoint.dataset}
 
 
-def search(settings: Settings, subject: Subject, point: Point, path: Path) -> tuple[Point, QuantizedNetwork]:
+def search(settings: Settings, subject: Subject, point: Point) -> tuple[Point, QuantizedNetwork]:
     """Mixed precision: the plan with the bits found, and the network quantized so; --bits-file is written."""
     if settings.bits_file:
         check_writable(settings.bits_file)
@@ -389,7 +389,8 @@ def search(settings: Settings, subject: Subject, point: Point, path: Path) -> tu
     def size(quantized: QuantizedNetwork) -> int:
         longest = dataclasses.replace(point, weight_bits=2.22, activation_bits=point.activation_bits and 2.22)
         info = described(settings, subject, longest)
-        return save_packed(quantized, path, info, entropy=settings.entropy).total_bytes
+        with tempfile.TemporaryDirectory() as folder:
+            return save_packed(quantized, Path(folder) / "one", info, entropy=settings.entropy).total_bytes
 
     if settings.searched[0]:
         with layer_bar(network) as on_layer:
@@ -403,10 +404,14 @@ def search(settings: Settings, subject: Subject, point: Point, path: Path) -> tu
                 return score(predictor(quantized, device), subject.validation, settings.batch_size, device).accuracy
 
             fp32 = accuracy(float_network(network))
-            bits, quantized, drop = allocation.smallest_within(
-                table, settings.max_drop, build, lambda q: fp32 - accuracy(q)
-            )
-            notes.append(f"Drop {drop:.2f} points on {len(subject.validation)} validation pictures.")
+
+            def drop(quantized: QuantizedNetwork) -> float:
+                lost = fp32 - accuracy(quantized)
+                tqdm.write(f"{size(quantized) / 1e6:.3f} MB: drop {lost:.2f} on validation", file=sys.stderr)
+                return lost
+
+            bits, quantized, lost = allocation.smallest_within(table, settings.max_drop, build, drop)
+            notes.append(f"Drop {lost:.2f} points on {len(subject.validation)} validation pictures.")
         plan = dataclasses.replace(plan, layer_bits=bits)
         notes.append(f"Packed file: {size(quantized)} bytes.")
     else:
