@@ -12,7 +12,7 @@ and a short run does not find them again. So each code is a latent number v that
 towards the FP32 weight, moved by straight-through gradients: the first step starts from exactly the start's loss, and a
 code may move as far as it pays. Scales of weights and values are learned (LSQ: Esser et al. 2020; see learned.py).
 Each number inside a block, and of its input, may stay real with probability `drop` (QDrop: Wei et al. 2022, section
-4.2). It is meant for many thousand steps; in a few hundred it costs a third of the time, and won nothing where tried.
+4.2). The paper trains for many thousand steps; in a few hundred it makes a step dearer and showed no clear gain.
 
 Some of the pictures are held out. What a stage finds is kept only where it lowers the stage's loss there, of the
 network rounded as it will be packed; and the whole only where the divergence is lower than the start's.
