@@ -62,6 +62,8 @@ def sensitivities(
     few (MEASURED, a quarter at most) measure the harm, the others round. entropy: bytes are counted after coding.
     on_layer(name) tells progress."""
     choices = [bits for bits in choices if bits > 1 or not plan.symmetric]  # one bit has no middle code
+    if plan.equalize and plan.activation_bits:
+        network = equalized(network, images, plan)
     held_out = min(MEASURED, max(1, len(images) // 4))
     sums = layer_moments(network, images[:-held_out])
     layers: dict[str, dict[int, Layer]] = {}
@@ -88,7 +90,7 @@ def value_sensitivities(
     network: Network, images: Tensor, plan: Plan, choices: Sequence[int] = CHOICES[1:]
 ) -> dict[str, dict[int, Trial]]:
     """Every value but the picture and the logits, alone, on the plan's kind of grid; bytes are those of one picture."""
-    if plan.equalize:
+    if plan.equalize and plan.activation_bits:
         network = equalized(network, images, plan)
     seen = observe(network, images)
     elements = value_sizes(network.ops, network.weights, images.shape[-1])
