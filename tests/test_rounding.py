@@ -60,7 +60,8 @@ def test_the_gram_form_is_the_layers_squared_error(name, centred):
     for grid in grids:
         u = (quantize(weight, grid).double() - grid.shaped(weight.ndim)[1]).flatten(1)
         losses.append(problem.loss(u, grid.scale.double()))
-    torch.testing.assert_close(losses[0] - losses[1], errors[0] - errors[1], rtol=1e-4, atol=1e-6)  # up to a constant
+    # Up to a constant, and to the floor that keeps H regular.
+    torch.testing.assert_close(losses[0] - losses[1], errors[0] - errors[1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
