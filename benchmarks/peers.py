@@ -35,6 +35,7 @@ import torch
 
 import checkpoint as checkpoints
 import data
+import results
 import test
 from calibration import quantize_network
 from checkpoint import Checkpoint
@@ -94,7 +95,7 @@ class Settings:
     data_dir: Path = option(Path("data"), "folder of the data set")
     tools: tuple[str, ...] = option((*OURS, *OFFERED), "which to run", choices=(*OURS, *OFFERED))
     bits: tuple[str, ...] = option(BITS, "weights/activations; each tool runs those it offers", choices=BITS)
-    calib_pictures: int = option(1024, "training pictures for calibration", low=1)
+    calib_pictures: int = option(512, "training pictures for calibration", low=1)
     val_pictures: int = option(1000, "held-out training pictures that choose between a tool's settings", low=1)
     limit_test: int | None = option(None, "use so many random test pictures (default: all), for a trial", low=1)
     adaround_iterations: int = option(1000, "of AIMET's AdaRound for each layer; 0: nearest only", low=0)
@@ -104,6 +105,7 @@ class Settings:
     venvs: Path = option(Path(".venvs-peers"), "folder of the tools' environments and of the exported network")
     output: Path = option(HERE / "peers.csv", "one row for each measurement")
     page: Path = option(HERE / "README.md", "the table is written there, between its markers")
+    grid: Path | None = option(None, "take ours from this results file of test.py where it has them, not run them")
     beside: str = option("nothing", "what else ran on the machine, for the record")
     again: bool = option(False, "measure again what OUTPUT has already")
 
@@ -138,9 +140,13 @@ def main() -> None:
         if not settings.again and any(same(old, row) and not old["error"] for old in rows):
             continue
         print(f"{tool} {bits} ...", flush=True)
-        measured = ours(material, tool, bits) if tool in (*OURS, FP32) else peer(settings, material, tool, bits)
+        if tool in (*OURS, FP32):
+            measured = from_grid(settings, common, tool, bits) or ours(material, tool, bits)
+        else:
+            measured = peer(settings, material, tool, bits)
         row |= measured | {"date": datetime.date.today().isoformat()}
-        rows = [old for old in rows if not same(old, row)] + [{name: text(row.get(name)) for name in COLUMNS}]
+        rows = [old for old in read_rows(settings.output) if not same(old, row)]  # another run may have added some
+        rows.append({name: text(row.get(name)) for name in COLUMNS})
         write_rows(settings.output, rows)
         write_page(settings.page, page([r for r in rows if fits(r, common)]))
         print(measured.get("error") or f"  {measured['accuracy']:.2f} %, {measured['bytes']:,} bytes", flush=True)
@@ -214,6 +220,35 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
         "pictures_per_second": result.count / (time.process_time() - begun),
         "arithmetic": "float" if pair[1] == 32 else "integers in float32",
     }
+
+
+def from_grid(settings: Settings, common: Mapping[str, Any], tool: str, bits: str) -> dict[str, Any] | None:
+    """The row that test.py wrote for the same checkpoint and pictures, if there is one; its times are of the clock."""
+    if not settings.grid or tool == FP32 or settings.limit_test:
+        return None
+    weight_bits, activation_bits = (b.replace("32", "") for b in bits.split("/"))
+    wanted = {
+        "weight_quant_bits": weight_bits,
+        "activation_quant_bits": activation_bits,
+        "weight_per_channel": "True",
+        "method": OURS[tool],
+        "checkpoint_hash": common["checkpoint_hash"],
+        "calib_pictures": str(common["calibration_pictures"]),
+        "seed": str(common["seed"]),
+    }
+    for row in results.read(settings.grid):
+        if all(row[name] == value for name, value in wanted.items()):
+            return {
+                "version": f"torch {torch.__version__}",
+                "settings": f"test.py --rounding {OURS[tool]}",
+                "accuracy": float(row["test_acc_quantized"]),
+                "bytes": int(row["packed_bytes"]),
+                "quantize_seconds": float(row["calib_seconds"]),
+                "pictures_per_second": float(row["images_per_second"]),
+                "arithmetic": "float" if not activation_bits else "integers in float32",
+                "note": f'Rows with the settings "test.py ..." are those of {settings.grid.name}: times of the clock.',
+            }
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------------- others
