@@ -399,6 +399,11 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
         "",
         "Versions: " + "; ".join(sorted({r["version"] for r in rows if r["version"]})) + ".",
     ]
+    measured = {(r["tool"], r["bits"]) for r in rows}
+    missing = {tool: [b for b in bits if (tool, b) not in measured] for tool, bits in OFFERED.items()}
+    if any(missing.values()):
+        listed = "; ".join(f"{tool} {', '.join(bits)}" for tool, bits in missing.items() if bits)
+        lines += ["", f"Offered, not measured on this checkpoint yet: {listed}."]
     notes = {r["note"] for r in rows if r["note"]}
     return "\n".join([*lines, *(f"\n{note}" for note in sorted(notes))]) + "\n"
 
