@@ -15,6 +15,8 @@ cd       GPTQ's codes, then cyclic coordinate descent: u_j <- clip(round(u_j + r
 Depthwise layers are one k = 9 problem per channel, solved for all channels at once.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -225,6 +227,17 @@ def candidates(weight: Tensor, grid: Grid, symmetric: bool, shares: tuple[float,
     return Candidates(scales, -zero_points, grid.highest - zero_points)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Long loops of small operations: beside other work, threads wait for each other much longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def round_weight(
     weight: Tensor, sums: Moments, grid: Grid, method: str, centred: bool, symmetric: bool, shares: tuple[float, ...]
 ) -> tuple[Tensor, Grid]:
@@ -232,7 +245,8 @@ def round_weight(
     problem = make_problem(weight, sums, centred)
     per_channel = grid.scale.ndim > 0
     grids = candidates(weight, grid, symmetric, shares if method == "cd" else ())
-    u, chosen = round_rows(problem, grids, method, fit_scale=per_channel)
+    with one_thread():
+        u, chosen = round_rows(problem, grids, method, fit_scale=per_channel)
     codes = (u[0] - chosen.low[0].unsqueeze(1)).to(torch.uint8).reshape(weight.shape)
     if per_channel:
         grid = Grid(grid.bits, chosen.scale[0].float(), (-chosen.low[0]).int())
