@@ -23,11 +23,19 @@ from torch import Tensor
 import compression
 import entropy as entropy_coder
 import rounding
-from calibration import CHUNK, Plan, equalized, observe, plain_layer, round_layer, share_of_pictures
+from calibration import Plan, equalized, observe, plain_layer, round_layer, share_of_pictures
 from errors import UserError
 from files import write_bytes
 from network import INPUT, Network, Op, apply_float, relu6, resume, run_float, value_sizes, walk
-from quantization import Layer, QuantizedNetwork, activation_grid, fake_quantize, float_network, with_layers
+from quantization import (
+    CACHE_PICTURES,
+    Layer,
+    QuantizedNetwork,
+    activation_grid,
+    fake_quantize,
+    float_network,
+    with_layers,
+)
 
 CHOICES = (1, 2, 3, 4, 5, 6, 8)
 MEASURED = 128  # pictures that harms are measured on
@@ -123,8 +131,8 @@ def layer_moments(network: Network, images: Tensor) -> dict[str, rounding.Moment
         y = y + bias.view(-1, *(1,) * (y.ndim - 2))
         return relu6(y, network.caps.get(op.name)) if op.relu6 else y
 
-    for start in range(0, len(images), CHUNK):
-        walk(network.ops, network.normalization(images[start : start + CHUNK]), do)
+    for start in range(0, len(images), CACHE_PICTURES):
+        walk(network.ops, network.normalization(images[start : start + CACHE_PICTURES]), do)
     return sums
 
 
@@ -151,8 +159,8 @@ def output_harms(
     def do(op: Op, inputs: list[Tensor]) -> Tensor:
         return run_float(network, op, inputs)
 
-    for start in range(0, len(images), CHUNK):
-        values = {INPUT: network.normalization(images[start : start + CHUNK])}
+    for start in range(0, len(images), CACHE_PICTURES):
+        values = {INPUT: network.normalization(images[start : start + CACHE_PICTURES])}
         exact = walk(network.ops, values[INPUT], do).double().log_softmax(1)
         for i, op in enumerate(network.ops):
             inputs, rest = [values[name] for name in op.inputs], network.ops[i + 1 :]

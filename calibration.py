@@ -16,6 +16,7 @@ import equalization
 import rounding
 from network import Network, Op, apply_float, relu6, run_float, walk
 from quantization import (
+    CACHE_PICTURES,
     Grid,
     Layer,
     Observation,
@@ -28,7 +29,6 @@ from quantization import (
 )
 from reconstruction import Reconstruction, reconstruct
 
-CHUNK = 32  # pictures handled at once: their activations stay in a CPU's cache
 POSITIONS = 2**18  # places of a layer's output that its least squares use; more cost time and change nothing
 # Shrunken weight ranges that coordinate descent tries besides the whole one, by bits.
 SHARES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.9, 0.8, 0.7, 0.6), 4: (0.9, 0.8)}
@@ -100,7 +100,7 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
     lows: dict[str, float] = {}
     highs: dict[str, float] = {}
     kept: dict[str, list[Tensor]] = {}
-    per_chunk = max(1, sample * CHUNK // max(len(images), CHUNK))
+    per_chunk = max(1, sample * CACHE_PICTURES // max(len(images), CACHE_PICTURES))
 
     def do(op: Op, inputs: list[Tensor]) -> Tensor:
         y = run_float(network, op, inputs)
@@ -111,8 +111,8 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
         kept.setdefault(op.name, []).append(flat[picks])
         return y
 
-    for start in range(0, len(images), CHUNK):
-        walk(network.ops, network.normalization(images[start : start + CHUNK]), do)
+    for start in range(0, len(images), CACHE_PICTURES):
+        walk(network.ops, network.normalization(images[start : start + CACHE_PICTURES]), do)
     return {name: Observation(lows[name], highs[name], torch.cat(kept[name])) for name in lows}
 
 
@@ -220,7 +220,7 @@ def round_layers(
             quantized.append(fake_quantize(y, grid) if grid else y)
         return Streams(results, quantized)
 
-    chunks = [network.normalization(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
+    chunks = [network.normalization(images[i : i + CACHE_PICTURES]) for i in range(0, len(images), CACHE_PICTURES)]
     walk(network.ops, Streams(chunks, chunks), do)
     return layers
 

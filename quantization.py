@@ -22,7 +22,8 @@ from models import Architecture
 from network import INPUT, Network, Op, apply_float, walk
 
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; channels below it are dead and their codes become zero
-# On a CPU a batch goes through in parts whose activations stay in the cache: two to four times as fast as 256 at once.
+# On a CPU pictures go through in parts, in evaluation and in calibration, whose activations stay in the cache: two to
+# four times as fast as 256 at once.
 CACHE_PICTURES = 32
 WEIGHT_RANGES = ("minmax", "mse")
 ACTIVATION_RANGES = ("minmax", "percentile", "mse")

@@ -28,9 +28,8 @@ from torch import Tensor
 
 from learned import LearnedNetwork, inputs_renamed, key
 from network import Network, Op, run_float, walk
-from quantization import QuantizedNetwork
+from quantization import CACHE_PICTURES, QuantizedNetwork
 
-CHUNK = 32  # pictures handled at once outside of training: their activations stay in a CPU's cache
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -107,7 +106,7 @@ class Stage:
     @torch.no_grad()
     def hard_loss(self) -> float:
         """The loss of the network as it would be packed, over the held-out pictures."""
-        pairs = zip(*(t[-self.held_out :].split(CHUNK) for t in (self.quantized, self.target)), strict=True)
+        pairs = zip(*(t[-self.held_out :].split(CACHE_PICTURES) for t in (self.quantized, self.target)), strict=True)
         return sum(float(self.loss(self.model.run(self.ops, x), t)) * len(x) for x, t in pairs) / self.held_out
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -133,7 +132,7 @@ def float_block(network: Network, ops: Sequence[Op], x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def in_chunks(do: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.cat([do(part) for part in x.split(CHUNK)])
+    return torch.cat([do(part) for part in x.split(CACHE_PICTURES)])
 
 
 def relative_error(target: Tensor) -> Loss:
