@@ -26,7 +26,7 @@ import rounding
 from calibration import Plan, equalized, observe, plain_layer, round_layer, share_of_pictures
 from errors import UserError
 from files import write_bytes
-from network import INPUT, Network, Op, apply_float, relu6, resume, run_float, value_sizes, walk
+from network import INPUT, Network, Op, apply_float, relu6, resume, run_float, stored_values, value_sizes, walk
 from quantization import (
     CACHE_PICTURES,
     Layer,
@@ -97,14 +97,14 @@ def sensitivities(
 def value_sensitivities(
     network: Network, images: Tensor, plan: Plan, choices: Sequence[int] = CHOICES[1:]
 ) -> dict[str, dict[int, Trial]]:
-    """Every value but the picture and the logits, alone, on the plan's kind of grid; bytes are those of one picture."""
+    """Every stored value but the picture and the logits, alone, on the plan's kind of grid; bytes: of one picture."""
     if plan.equalize and plan.activation_bits:
         network = equalized(network, images, plan)
-    seen = observe(network, images)
+    seen, stored = observe(network, images), stored_values(network.ops)
     elements = value_sizes(network.ops, network.weights, images.shape[-1])
 
     def variants(op: Op) -> dict[int, Variant]:
-        if op == network.ops[-1]:
+        if op == network.ops[-1] or op.name not in stored:
             return {}
         grids = {b: activation_grid(seen[op.name], b, op.unsigned, plan.act_range, plan.percentile) for b in choices}
         return {b: lambda inputs, g=grid: fake_quantize(run_float(network, op, inputs), g) for b, grid in grids.items()}

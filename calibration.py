@@ -14,7 +14,7 @@ from torch import Tensor
 
 import equalization
 import rounding
-from network import Network, Op, apply_float, relu6, run_float, walk
+from network import Network, Op, apply_float, relu6, run_float, stored_values, walk
 from quantization import (
     CACHE_PICTURES,
     Grid,
@@ -58,8 +58,8 @@ class Plan:
         return self._bits(self.weight_bits, op.name, self.layer_bits, op in (ops[0], ops[-1]))
 
     def bits_of_value(self, op: Op, ops: Sequence[Op]) -> int | None:
-        """The logits stay FP32."""
-        if op == ops[-1]:
+        """The logits stay FP32; a sum's side that stays in the accumulator has no bits."""
+        if op == ops[-1] or op.name not in stored_values(ops):
             return None
         return self._bits(self.activation_bits, op.name, self.value_bits, op.name in ops[-1].inputs)
 
@@ -117,7 +117,7 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
 
 
 def activation_grids(network: Network, seen: Mapping[str, Observation], plan: Plan) -> dict[str, Grid]:
-    """One grid for every value but the picture (8-bit pixels) and the logits; empty where activations stay FP32."""
+    """One grid for every stored value but the picture (8-bit pixels) and the logits; empty where they stay FP32."""
     grids = {}
     for op in network.ops:
         bits = plan.bits_of_value(op, network.ops)

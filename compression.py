@@ -36,7 +36,7 @@ from data import Normalization
 from errors import UserError
 from files import write_bytes
 from models import Architecture, MobileNetV2
-from network import INPUT, Op, operations, peak_bytes, value_sizes
+from network import INPUT, Op, fused_operations, operations, peak_bytes, value_sizes
 from quantization import Grid, Layer, QuantizedNetwork
 
 FORMAT = "mobilenetv2-cifar-packed"
@@ -128,10 +128,10 @@ class SizeReport:
     grid_bytes: activation grids. table_bytes: the entropy coder's tables and end states, shared by all layers.
     header_bytes: names, manifest, alignment. fp32_bytes: see `fp32_state_bytes`.
 
-    activation_bytes, peak_activation_bytes and their fp32_ kin: all values of one 32x32 picture summed, and the most
-    alive at once (operation by operation, in order, nothing recomputed). A value takes its grid's bits an element,
-    rounded up to whole bytes; without a grid (the logits, as a rule) 4 bytes an element. The picture is 8-bit pixels
-    where activations are quantized, and float32 where they are not.
+    activation_bytes, peak_activation_bytes and their fp32_ kin: all stored values of one 32x32 picture summed, and the
+    most alive at once (operation by operation as `fused_operations` has them, in order, nothing recomputed). A value
+    takes its grid's bits an element, rounded up to whole bytes; without a grid (the logits, as a rule) 4 bytes an
+    element. The picture is 8-bit pixels where activations are quantized, and float32 where they are not.
     """
 
     rows: tuple[LayerSize, ...]
@@ -189,12 +189,14 @@ def fp32_state_bytes(state: Mapping[str, Tensor]) -> int:
 
 def activation_sizes(network: QuantizedNetwork) -> tuple[int, int, int, int]:
     """(total, FP32 total, peak, FP32 peak) bytes of the values of one picture; counted as SizeReport says."""
+    ops = fused_operations(network.ops)
     elements = value_sizes(network.ops, {name: layer.codes for name, layer in network.layers.items()})
+    elements = {name: elements[name] for name in (INPUT, *(op.name for op in ops))}
     bits = {name: network.activations[name].bits if name in network.activations else 32 for name in elements}
     bits[INPUT] = 8 if network.activations else 32
     quantized = {name: packed_bytes(count, bits[name]) for name, count in elements.items()}
     full = {name: 4 * count for name, count in elements.items()}
-    peaks = [int(peak_bytes(network.ops, sizes)) for sizes in (quantized, full)]
+    peaks = [int(peak_bytes(ops, sizes)) for sizes in (quantized, full)]
     return sum(quantized.values()), sum(full.values()), *peaks
 
 

@@ -5,9 +5,9 @@ for each output channel. What runs over the network (FP32, observing, rounding l
 one loop, `walk`, with another function for "do this operation".
 """
 
-import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -59,7 +59,7 @@ class Network:
     ops: tuple[Op, ...]
     weights: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
-    caps: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    caps: Mapping[str, Tensor] = field(default_factory=dict)
 
     def op(self, name: str) -> Op:
         return next(op for op in self.ops if op.name == name)
@@ -93,6 +93,27 @@ def operations(architecture: Architecture) -> tuple[Op, ...]:
     ops.append(Op("pool", "pool", (value,)))
     ops.append(Op("classifier.1", "linear", ("pool",)))
     return tuple(ops)
+
+
+def fused_operations(ops: Sequence[Op]) -> tuple[Op, ...]:
+    """The operations as integer hardware runs them: a sum is part of the convolution that makes one of its sides.
+
+    A linear bottleneck whose only use is the sum stays in the accumulator, in int32; the other side is added to it
+    there before the one requantization (epilogue fusion, as in CUTLASS and TensorRT). So this side never lies in memory
+    and takes no grid. The fused operation has the sum's name, and the convolution's input besides the other side.
+    """
+    uses = Counter(name for op in ops for name in op.inputs)
+    sums = {op.inputs[1]: op for op in ops if op.kind == "add" and uses[op.inputs[1]] == 1}
+    return tuple(
+        replace(op, name=sums[op.name].name, inputs=(*op.inputs, sums[op.name].inputs[0])) if op.name in sums else op
+        for op in ops
+        if op not in sums.values()
+    )
+
+
+def stored_values(ops: Sequence[Op]) -> frozenset[str]:
+    """Names of the values that lie in memory: all results but those that a sum takes from the accumulator."""
+    return frozenset(op.name for op in fused_operations(ops))
 
 
 def norm_name(conv: str) -> str:
@@ -186,7 +207,7 @@ def to_device(network: Network, device: torch.device | str) -> Network:
         return tensor.to(device).contiguous(memory_format=layout)
 
     moved = {name: {k: move(v) for k, v in getattr(network, name).items()} for name in ("weights", "biases")}
-    return dataclasses.replace(network, **moved)
+    return replace(network, **moved)
 
 
 @torch.inference_mode()

@@ -6,7 +6,18 @@ from networks import random_model
 
 from data import Normalization
 from models import Architecture, MobileNetV2
-from network import INPUT, fold_batch_norm, forward, operations, peak_bytes, to_device, value_sizes, walk
+from network import (
+    INPUT,
+    fold_batch_norm,
+    forward,
+    fused_operations,
+    operations,
+    peak_bytes,
+    stored_values,
+    to_device,
+    value_sizes,
+    walk,
+)
 
 
 @pytest.mark.parametrize("width", [0.1, 0.35])
@@ -61,3 +72,22 @@ def test_value_sizes_and_peak():
     # The third block's expansion lies beside its depthwise result and the block's input, which the sum still needs.
     block = 2 * 144 * 32 * 32 + 24 * 32 * 32
     assert peak_bytes(ops, sizes) == block
+
+
+def test_sums_are_fused_with_the_convolution_before():
+    ops = operations(Architecture())
+    fused = fused_operations(ops)
+    sums = [op.name for op in ops if op.kind == "add"]
+    assert len(fused) == len(ops) - len(sums) and not any(op.kind == "add" for op in fused)
+    third = next(op for op in fused if op.name == "features.3.add")
+    assert third.inputs == ("features.3.conv.1.0", "features.2.conv.2")
+    assert stored_values(ops) == {op.name for op in ops} - {name.replace("add", "conv.2") for name in sums}
+    # The hidden result, the block's input and the sum lie side by side; unfused, the bottleneck did, too.
+    sizes = dict.fromkeys([INPUT, *(op.name for op in ops)], 0.0)
+    sizes |= {
+        "features.3.conv.1.0": 100.0,
+        "features.2.conv.2": 10.0,
+        "features.3.conv.2": 10.0,
+        "features.3.add": 10.0,
+    }
+    assert peak_bytes(fused, sizes) == 120
