@@ -23,7 +23,7 @@ from torch import Tensor
 import compression
 import entropy as entropy_coder
 import rounding
-from calibration import Plan, equalized, observe, plain_layer, round_layer, share_of_pictures
+from calibration import Plan, observe, plain_layer, prepared, round_layer, share_of_pictures
 from errors import UserError
 from files import write_bytes
 from network import INPUT, Network, Op, apply_float, relu6, resume, run_float, stored_values, value_sizes, walk
@@ -70,8 +70,7 @@ def sensitivities(
     few (MEASURED, a quarter at most) measure the harm, the others round. entropy: bytes are counted after coding.
     on_layer(name) tells progress."""
     choices = [bits for bits in choices if bits > 1 or not plan.symmetric]  # one bit has no middle code
-    if plan.equalize and plan.activation_bits:
-        network = equalized(network, images, plan)
+    network, plan = prepared(network, images, plan)
     held_out = min(MEASURED, max(1, len(images) // 4))
     sums = layer_moments(network, images[:-held_out])
     layers: dict[str, dict[int, Layer]] = {}
@@ -98,8 +97,7 @@ def value_sensitivities(
     network: Network, images: Tensor, plan: Plan, choices: Sequence[int] = CHOICES[1:]
 ) -> dict[str, dict[int, Trial]]:
     """Every stored value but the picture and the logits, alone, on the plan's kind of grid; bytes: of one picture."""
-    if plan.equalize and plan.activation_bits:
-        network = equalized(network, images, plan)
+    network, plan = prepared(network, images, plan)
     seen, stored = observe(network, images), stored_values(network.ops)
     elements = value_sizes(network.ops, network.weights, images.shape[-1])
 

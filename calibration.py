@@ -142,10 +142,9 @@ def quantize_network(
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> QuantizedNetwork:
     """The quantized network; `images`: uint8 [N, 3, H, W], training pictures. `on_layer(name)` tells progress."""
-    if plan.equalize and plan.activation_bits:
-        network = equalized(network, images, plan)
+    network, plan = prepared(network, images, plan)
     if plan.rounding == "reconstruct":
-        start = quantize_network(network, images, replace(plan, rounding="cd", equalize=False))
+        start = quantize_network(network, images, replace(plan, rounding="cd"))
         return reconstruct(network, start, images, plan.reconstruction, on_layer)
     grids = activation_grids(network, observe(network, images), plan) if plan.activation_bits else {}
     quantized = replace(
@@ -157,6 +156,13 @@ def quantize_network(
         layers = round_layers(network, quantized, images, plan, on_layer)
         quantized = replace(quantized, layers=layers)
     return quantized
+
+
+def prepared(network: Network, images: Tensor, plan: Plan) -> tuple[Network, Plan]:
+    """(the same function with equal channels, the plan without that step) where the plan asks for it."""
+    if plan.equalize and plan.activation_bits:
+        network = equalized(network, images, plan)
+    return network, replace(plan, equalize=False)
 
 
 @torch.inference_mode()
@@ -175,7 +181,8 @@ def equalized(network: Network, images: Tensor, plan: Plan, pictures: int = 256,
 
     walk(network.ops, network.normalization(images[:pictures]), do)
     bits = {op.name: plan.bits_of_value(op, network.ops) for op in network.ops if op.name in samples}
-    return equalization.equalize(network, equalization.channel_factors(network, samples, bits))
+    bits = {name: count for name, count in bits.items() if count}
+    return equalization.even_channels(network, samples, bits)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,25 @@
-"""Cross-layer equalization: every channel of a value gets about the same range, at no cost in the FP32 function.
+"""Every channel of a value gets about the same range and middle, at no cost in the FP32 function.
 
-Activations have one grid per tensor, so a channel that uses a tenth of the tensor's range loses three of its bits. A
-factor per channel can move from a value into the weights around it (Nagel et al. 2019, "Data-Free Quantization",
-section 4.1; here the ranges are those of the activations, as in SmoothQuant, Xiao et al. 2023, section 4):
+Activations have one grid per tensor, so a channel that uses a tenth of the tensor's range loses three of its bits, and
+one whose numbers lie off the middle loses more. Two exact changes of the network help:
+
+Factors (Nagel et al. 2019, "Data-Free Quantization", section 4.1; here the ranges are those of the activations, as in
+SmoothQuant, Xiao et al. 2023, section 4):
 
     x'_c = x_c / s_c      W'[o, i] = W[o, i] * s_in[i] / s_out[o]      b'[o] = b[o] / s_out[o]      cap'_c = 6 / s_c
 
 Values that are added, or averaged, share their factors. ReLU6 commutes with the factors when its cap moves along, so
 the FP32 network computes the same function, exactly up to rounding. All s_c are at most 1, hence every cap' is at
 least 6, and a quantizer that ends at 6 or below clips before the cap does: the quantized network needs no caps.
+
+Offsets (channel-wise shifting: Wei et al. 2023, "Outlier Suppression+", section 4.1), for the results of the linear
+bottlenecks and their sums. No ReLU follows, and 1x1 convolutions without padding read them:
+
+    x'_c = x_c - z_c      b'[o] = b[o] - z_out[o] + sum_i W[o, i] z_in[i]
+
+A sum's offset is the sum of its sides'; as one side comes from a convolution, whose bias can take any offset, every
+stored value has its own. The offset puts the channel's mean between the two middle codes: 2^b levels lie evenly around
+it. (With a code at the mean, 2 bits have three useful levels of four.)
 """
 
 from collections.abc import Mapping
@@ -21,6 +32,19 @@ from network import INPUT, Network, Op
 from quantization import shares
 
 SMALLEST = 1 / 16  # a channel that is almost silent is not blown up further: its noise would be, too
+
+
+def even_channels(network: Network, samples: Mapping[str, Tensor], bits: Mapping[str, int]) -> Network:
+    """The same function with channels of about the same range and middle.
+
+    samples: value → [channels, n], numbers that its channels take on; bits: value → bits of its grid, stored ones only.
+    """
+    factors = channel_factors(network, samples, bits)
+    scaled = {name: samples[name] / factors[name].unsqueeze(1) for name in factors if name in samples}
+    return shifted(scaled_by(network, factors), channel_offsets(network, scaled, bits))
+
+
+# ------------------------------------------------------------------------------------------------------------- factors
 
 
 def tied_values(ops: tuple[Op, ...]) -> dict[str, str]:
@@ -50,19 +74,21 @@ def best_clips(sample: Tensor, bits: int, unsigned: bool, steps: int = 24) -> Te
 
 
 def channel_factors(network: Network, samples: Mapping[str, Tensor], bits: Mapping[str, int]) -> dict[str, Tensor]:
-    """Value → s [channels], 1/16 to 1; samples: value → [channels, n] of its numbers, bits: value → its grid's bits."""
+    """Value → s [channels], 1/16 to 1: the best end of each channel's range, as a share of the widest channel's."""
     group = tied_values(network.ops)
     clips: dict[str, Tensor] = {}
     for op in network.ops[:-1]:  # the logits stay as they are
         if op.name in bits and op.kind != "pool":
-            clip = best_clips(samples[op.name], bits[op.name], op.unsigned)
+            clip = best_clips(
+                samples[op.name] if op.unsigned else centred(samples[op.name]), bits[op.name], op.unsigned
+            )
             before = clips.get(group[op.name])
             clips[group[op.name]] = clip if before is None else torch.maximum(before, clip)
     factors = {name: (clip / clip.max().clamp(min=1e-8)).clamp(SMALLEST, 1) for name, clip in clips.items()}
     return {name: factors[g] for name, g in group.items() if g in factors}
 
 
-def equalize(network: Network, factors: Mapping[str, Tensor]) -> Network:
+def scaled_by(network: Network, factors: Mapping[str, Tensor]) -> Network:
     """The same function with every value x' = x / s; values without a factor stay as they are."""
     weights, biases, caps = {}, {}, dict(network.caps)
     for op in network.weighted:
@@ -77,3 +103,56 @@ def equalize(network: Network, factors: Mapping[str, Tensor]) -> Network:
                 caps[op.name] = network.caps.get(op.name, torch.tensor(6.0)) / factors[op.name]
         weights[op.name], biases[op.name] = weight, bias
     return replace(network, weights=weights, biases=biases, caps=caps)
+
+
+# ------------------------------------------------------------------------------------------------------------- offsets
+
+
+def channel_offsets(network: Network, samples: Mapping[str, Tensor], bits: Mapping[str, int]) -> dict[str, Tensor]:
+    """Stored value without ReLU6 → z [channels]: its channels' means, less half a step of the value's grid."""
+    offsets = {}
+    for op in network.ops[:-1]:
+        if op.name in bits and not op.unsigned:
+            sample = samples[op.name]
+            offsets[op.name] = sample.mean(1) - even_step(centred(sample), bits[op.name]) / 2
+    return offsets
+
+
+def centred(sample: Tensor) -> Tensor:
+    """[channels, n] with each channel's mean taken off."""
+    return sample - sample.mean(1, keepdim=True)
+
+
+def even_step(sample: Tensor, bits: int, steps: int = 60) -> float:
+    """The step of the grid of 2^bits levels evenly around 0, none at 0, with the least squared error over `sample`."""
+    half, top = 2 ** (bits - 1), float(sample.abs().max())
+
+    def error(step: float) -> float:
+        codes = (sample / step).floor_().clamp_(-half, half - 1).add_(0.5)
+        return float(codes.mul_(step).sub_(sample).square_().sum())
+
+    return min((max(top * share, 1e-8) / (half - 0.5) for share in shares(steps)), key=error)
+
+
+def shifted(network: Network, offsets: Mapping[str, Tensor]) -> Network:
+    """The same function with every value x' = x - z; values without an offset keep theirs, but sums follow their sides.
+
+    offsets: of results of convolutions without ReLU6, and of sums, which only 1x1 convolutions without padding read.
+    """
+    sums = {op.inputs[1]: op for op in network.ops if op.kind == "add"}
+    biases, moved = dict(network.biases), {}
+    for op in network.ops:
+        before = [moved.get(name) for name in op.inputs]
+        if op.has_weight:
+            if before[0] is not None:
+                biases[op.name] = biases[op.name] + network.weights[op.name].flatten(1) @ before[0]
+            offset = offsets.get(op.name)
+            if op.name in sums and op.name not in offsets:  # it may take any, so that the sum gets its own
+                total, other = sums[op.name].name, moved.get(sums[op.name].inputs[0])
+                offset = offsets.get(total) if other is None else offsets.get(total, other) - other
+            if offset is not None:
+                biases[op.name] = biases[op.name] - offset
+                moved[op.name] = offset
+        elif op.kind == "add" and any(offset is not None for offset in before):
+            moved[op.name] = sum(offset for offset in before if offset is not None)
+    return replace(network, biases=biases)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import checkpoint as checkpoints
 import training
-from calibration import method_plan, quantize_network
+from calibration import method_plan, prepared, quantize_network
 from checkpoint import Checkpoint
 from compression import load_packed, save_packed
 from data import Dataset, Split, calibration_split, stratified_split
@@ -54,7 +54,7 @@ def first_tuning(
     seed: int,
     device: torch.device,
 ) -> FineTuning:
-    """Loads the checkpoint and quantizes it post-training, by coordinate descent. Bits None: FP32.
+    """Loads the checkpoint and quantizes it post-training, by the method `auto`. Bits None: FP32.
 
     The validation pictures are those that chose the checkpoint. UserError where settings and files do not fit.
     """
@@ -68,10 +68,9 @@ def first_tuning(
     val_size, val_seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
     train, val = stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
     network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
-    plan, _ = method_plan("cd", weight_bits, activation_bits)
-    plan = dataclasses.replace(plan, bias_correction=True, edge_bits=8)
     images = calibration_split(train, PICTURES, seed).images
     begun = time.perf_counter()
+    network, plan = prepared(network, images, method_plan("auto", weight_bits, activation_bits)[0])
     model = LearnedNetwork(network, quantize_network(network, images, plan))
     row = {
         "dataset": dataset.name,
