@@ -26,7 +26,20 @@ import rounding
 from calibration import Plan, observe, plain_layer, prepared, round_layer, share_of_pictures
 from errors import UserError
 from files import write_bytes
-from network import INPUT, Network, Op, apply_float, relu6, resume, run_float, stored_values, value_sizes, walk
+from network import (
+    INPUT,
+    Network,
+    Op,
+    apply_float,
+    fused_operations,
+    relu6,
+    resume,
+    run_float,
+    stored_values,
+    value_sizes,
+    walk,
+    weighted,
+)
 from quantization import (
     CACHE_PICTURES,
     Layer,
@@ -399,7 +412,7 @@ def check_names(
 ) -> None:
     """UserError where the bits of a file name what the network has not, or leave out what nothing else says: only where
     `uniform` (of weights, of activations) bits are given too may names be missing."""
-    known = [op.name for op in ops if op.has_weight], [op.name for op in ops[:-1]]
+    known = [[op.name for op in some] for some in (weighted(ops), fused_operations(ops)[:-1])]
     for (part, (*_, flag)), bits, names, others in zip(PARTS.items(), (layers, values), known, uniform, strict=True):
         if unknown := [name for name in bits if name not in names]:
             raise UserError(f"--bits-file {path}: {part} has {unknown[0]!r}, the network has not; one is {names[0]}")

@@ -36,7 +36,7 @@ from data import Normalization
 from errors import UserError
 from files import write_bytes
 from models import Architecture, MobileNetV2
-from network import INPUT, Op, fused_operations, operations, peak_bytes, value_sizes
+from network import INPUT, Op, fused_operations, operations, peak_bytes, value_sizes, weighted
 from quantization import Grid, Layer, QuantizedNetwork
 
 FORMAT = "mobilenetv2-cifar-packed"
@@ -263,10 +263,6 @@ class Packed:
     deflated: tuple[str, ...]
     info: dict[str, Any]
     total_bytes: int
-
-
-def weighted(ops: Sequence[Op]) -> list[Op]:
-    return [op for op in ops if op.has_weight]
 
 
 def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], entropy: bool = False) -> SizeReport:

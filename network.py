@@ -66,7 +66,7 @@ class Network:
 
     @property
     def weighted(self) -> tuple[Op, ...]:
-        return tuple(op for op in self.ops if op.has_weight)
+        return weighted(self.ops)
 
 
 def operations(architecture: Architecture) -> tuple[Op, ...]:
@@ -93,6 +93,10 @@ def operations(architecture: Architecture) -> tuple[Op, ...]:
     ops.append(Op("pool", "pool", (value,)))
     ops.append(Op("classifier.1", "linear", ("pool",)))
     return tuple(ops)
+
+
+def weighted(ops: Sequence[Op]) -> tuple[Op, ...]:
+    return tuple(op for op in ops if op.has_weight)
 
 
 def fused_operations(ops: Sequence[Op]) -> tuple[Op, ...]:

@@ -23,12 +23,13 @@ import training
 from calibration import method_plan, prepared, quantize_network
 from checkpoint import Checkpoint
 from compression import load_packed, save_packed
-from data import Dataset, Split, calibration_split, stratified_split
+from data import Dataset, Split, calibration_split
 from errors import UserError
 from evaluation import score
 from learned import LearnedNetwork
 from network import Network, fold_batch_norm, run_float, to_device, walk
 from quantization import float_network, predictor
+from subject import split_as_trained
 from training import Recipe, State
 
 PICTURES = 512  # that calibrate the first network; fine-tuning makes more of them needless
@@ -65,8 +66,7 @@ def first_tuning(
     checkpoint = checkpoints.load(path)
     if checkpoint.classes != dataset.classes:
         raise UserError(f"{path} was trained on other classes ({checkpoint.dataset}) than {dataset.name} has")
-    val_size, val_seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
-    train, val = stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
+    train, val = split_as_trained(checkpoint, dataset.train)
     network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
     images = calibration_split(train, PICTURES, seed).images
     begun = time.perf_counter()

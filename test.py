@@ -31,17 +31,18 @@ import allocation
 import checkpoint as checkpoints
 import data
 import results
+import subject as subjects
 import tracking
 from allocator import keep_freed_memory
 from calibration import METHODS, Plan, method_plan, quantize_network
-from checkpoint import Checkpoint
 from cli import option, parse
 from compression import SizeReport, load_packed, packed_sizes, save_packed
 from errors import UserError, run_main
 from evaluation import Score, choose_device, score
 from files import check_writable
-from network import Network, fold_batch_norm, to_device, value_sizes
+from network import Network, value_sizes
 from quantization import ACTIVATION_RANGES, WEIGHT_RANGES, QuantizedNetwork, float_network, predictor
+from subject import Subject
 
 CALIBRATION_BATCH = 128  # pictures in a calibration batch, whatever --batch-size is: it must not change the result
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
@@ -158,21 +159,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What all points of a grid share: the FP32 network, its pictures, and how good it is."""
-
-    path: Path
-    hash: str
-    checkpoint: Checkpoint
-    network: Network
-    dataset: str
-    train: data.Split  # without the pictures that chose the checkpoint
-    validation: data.Split  # those; choices may be made on them
-    test: data.Split
-    fp32: Score
-
-
-@dataclass(frozen=True)
 class Point:
     """One evaluation: the bits (None: FP32; mixed: their mean) and the plan that they and the other settings make."""
 
@@ -195,7 +181,7 @@ def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
     points = [settings] if tracking.under_agent() else grid(settings)
-    subject = None
+    subject, fp32 = None, None
     rows = results.read(settings.output)
     with tqdm(points, desc="grid", unit="point", disable=None if len(points) > 1 else True) as bar:
         for one in bar:
@@ -210,7 +196,8 @@ def main() -> int:
                         outcome = evaluate_packed(one)
                     else:
                         subject = subject or load_subject(one)
-                        outcome = evaluate(one, subject, one.save_packed or Path(folder) / "packed.safetensors")
+                        fp32 = fp32 or fp32_score(one, subject)
+                        outcome = evaluate(one, subject, fp32, one.save_packed or Path(folder) / "packed.safetensors")
                     results.append(one.output, outcome.row)
                     report_to(tracked, one, outcome, subject)
             bar.write(summary(outcome.row), file=sys.stdout)
@@ -283,54 +270,25 @@ def exceptions(
 def label(settings: Settings) -> tracking.Labels:
     """How W&B shows the run: w4a8-b128, grouped by checkpoint."""
     point = point_of(settings)
-    path = settings.packed or default_checkpoint(settings)
+    path = settings.packed or settings.checkpoint or subjects.default_checkpoint()
     bits = "mixed" if settings.mixed else f"w{point.weight_bits or 32}a{point.activation_bits or 32}"
     name = f"{bits}-b{settings.batch_size}"
     return tracking.Labels(name, checkpoints.short_hash(path), (point.method, path.stem))
 
 
-# ------------------------------------------------------------------------------------------------------ what is loaded
-
-
-def default_checkpoint(settings: Settings) -> Path:
-    own = Path("checkpoints/mnv2_fp32_best.pth")
-    return settings.checkpoint or (own if own.exists() else checkpoints.DEFAULT_CHECKPOINT)
-
-
-def load_data(settings: Settings, hint: str, classes: tuple[str, ...]) -> data.Dataset:
-    """The data set asked for, else a folder of pictures in DATA_DIR, else `hint`; its classes must be `classes`."""
-    name = settings.dataset or data.default_name(settings.data_dir)
-    if not settings.dataset and name != "folder" and classes != data.CIFAR10_CLASSES:
-        name = hint
-    dataset = data.load(name, settings.data_dir)
-    if dataset.classes != classes:
-        raise UserError(
-            f"--data-dir {settings.data_dir} ({name}) has the classes {', '.join(dataset.classes[:3])}, ... but the "
-            f"model knows {', '.join(classes[:3])}, ...; give the data set it was trained on"
-        )
-    return dataset
-
-
-def load_subject(settings: Settings) -> Subject:
-    """Checkpoint, data and the FP32 accuracy. The checkpoint's own validation pictures are kept out of calibration."""
-    path = default_checkpoint(settings)
-    checkpoint = checkpoints.load(path)
-    dataset = load_data(settings, checkpoint.dataset, checkpoint.classes)
-    val_size, val_seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
-    if settings.mixed and not val_size:
-        val_size = len(dataset.train) // 10
-    train, validation = data.stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
-    network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
-    device = choose_device(settings.device)
-    fp32 = score(predictor(float_network(network), device), dataset.test, settings.batch_size, device)
-    splits = train, validation, dataset.test
-    return Subject(path, checkpoints.short_hash(path), checkpoint, network, dataset.name, *splits, fp32)
-
-
 # ------------------------------------------------------------------------------------------------------ one evaluation
 
 
-def evaluate(settings: Settings, subject: Subject, path: Path) -> Outcome:
+def load_subject(settings: Settings) -> Subject:
+    return subjects.load(settings.checkpoint, settings.dataset, settings.data_dir, validation=settings.mixed)
+
+
+def fp32_score(settings: Settings, subject: Subject) -> Score:
+    device = choose_device(settings.device)
+    return score(predictor(float_network(subject.network), device), subject.test, settings.batch_size, device)
+
+
+def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> Outcome:
     """Quantizes, packs to `path`, reads back, evaluates on the test pictures: one row."""
     point = point_of(settings)
     if settings.mixed and not any(settings.searched):
@@ -339,7 +297,7 @@ def evaluate(settings: Settings, subject: Subject, path: Path) -> Outcome:
         allocation.check_names(settings.bits_file, *parts, subject.network.ops, uniform)
     begun = time.perf_counter()
     if any(settings.searched):
-        point, quantized = search(settings, subject, point)
+        point, quantized = search(settings, subject, fp32, point)
     elif point.weight_bits or point.activation_bits:
         with layer_bar(subject.network) as on_layer:
             quantized = quantize_network(subject.network, calibration(settings, subject), point.plan, on_layer)
@@ -348,7 +306,7 @@ def evaluate(settings: Settings, subject: Subject, path: Path) -> Outcome:
     if settings.mixed:
         point = with_mean_bits(point, quantized)
     calib_seconds = time.perf_counter() - begun
-    info = described(settings, subject, point)
+    info = described(settings, subject, fp32, point)
     row = {**info["row"], "calib_seconds": calib_seconds}
     sizes = save_packed(quantized, path, info, entropy=settings.entropy)
     assert not settings.target_size_mb or sizes.total_bytes <= settings.target_size_mb * 1e6, "the file is too large"
@@ -358,18 +316,18 @@ def evaluate(settings: Settings, subject: Subject, path: Path) -> Outcome:
     )
 
 
-def described(settings: Settings, subject: Subject, point: Point) -> dict[str, Any]:
+def described(settings: Settings, subject: Subject, fp32: Score, point: Point) -> dict[str, Any]:
     """What the packed file's header tells of its making; no times, so that the same network makes the same bytes."""
     row = {
         **identity(settings, point, subject),
         "checkpoint": str(subject.path),
         "width_mult": subject.checkpoint.architecture.width_mult,
-        "test_acc_fp32": subject.fp32.accuracy,
+        "test_acc_fp32": fp32.accuracy,
     }
     return {"row": row, "classes": subject.checkpoint.classes, "dataset": subject.checkpoint.dataset}
 
 
-def search(settings: Settings, subject: Subject, point: Point) -> tuple[Point, QuantizedNetwork]:
+def search(settings: Settings, subject: Subject, fp32: Score, point: Point) -> tuple[Point, QuantizedNetwork]:
     """Mixed precision: the plan with the bits found, and the network quantized so; --bits-file is written."""
     if settings.bits_file:
         check_writable(settings.bits_file)
@@ -388,7 +346,7 @@ def search(settings: Settings, subject: Subject, point: Point) -> tuple[Point, Q
 
     def size(quantized: QuantizedNetwork) -> int:
         longest = dataclasses.replace(point, weight_bits=2.22, activation_bits=point.activation_bits and 2.22)
-        info = described(settings, subject, longest)
+        info = described(settings, subject, fp32, longest)
         with tempfile.TemporaryDirectory() as folder:
             return save_packed(quantized, Path(folder) / "one", info, entropy=settings.entropy).total_bytes
 
@@ -403,10 +361,10 @@ def search(settings: Settings, subject: Subject, point: Point) -> tuple[Point, Q
             def accuracy(quantized: QuantizedNetwork) -> float:
                 return score(predictor(quantized, device), subject.validation, settings.batch_size, device).accuracy
 
-            fp32 = accuracy(float_network(network))
+            highest = accuracy(float_network(network))
 
             def drop(quantized: QuantizedNetwork) -> float:
-                lost = fp32 - accuracy(quantized)
+                lost = highest - accuracy(quantized)
                 tqdm.write(f"{size(quantized) / 1e6:.3f} MB: drop {lost:.2f} on validation", file=sys.stderr)
                 return lost
 
@@ -452,7 +410,7 @@ def evaluate_packed(settings: Settings) -> Outcome:
         raise UserError(
             f"{settings.packed} was not written by test.py --save-packed; it does not name its classes"
         ) from None
-    dataset = load_data(settings, hint, classes)
+    dataset = subjects.load_data(settings.dataset, settings.data_dir, hint, classes)
     sizes = packed_sizes(settings.packed)
     row = (
         {name: None for name in results.COLUMNS}

@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from allocator import keep_freed_memory
 from calibration import Plan, method_plan, quantize_network
-from checkpoint import DEFAULT_CHECKPOINT, build_model, load
+from checkpoint import DEFAULT_CHECKPOINT
 from cli import option, parse
 from errors import UserError, run_main
 from evaluation import score
-from network import fold_batch_norm
 from quantization import float_network, predictor
+from subject import load
 
 CD = dict(rounding="cd", bias_correction=True)
 VARIANTS = {
@@ -74,12 +74,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
-    checkpoint = load(settings.checkpoint)
-    dataset = data.load(settings.dataset, settings.data_dir)
-    train, val = data.stratified_split(dataset.train, checkpoint.metrics["val_size"], checkpoint.metrics["seed"])
-    split = {"val": val, "test": dataset.test}[settings.split]
+    subject = load(settings.checkpoint, settings.dataset, settings.data_dir)
+    network, split = subject.network, {"val": subject.validation, "test": subject.test}[settings.split]
     split = data.calibration_split(split, settings.limit, seed=0) if settings.limit else split  # of all classes
-    network = fold_batch_norm(build_model(checkpoint), checkpoint.normalization)
     rows = read_rows(settings.output)
     fp32 = score(predictor(float_network(network)), split, 256, "cpu").accuracy
     print(f"FP32 on {len(split)} {settings.split} pictures: {fp32:.2f} %", flush=True)
@@ -92,7 +89,7 @@ def main() -> None:
                     if any(all(row[k] == v for k, v in point.items()) for row in rows):
                         continue
                     bits = (None if b == 32 else b for b in (weight_bits, act_bits))
-                    images = data.calibration_split(train, settings.calib_pictures, seed).images
+                    images = data.calibration_split(subject.train, settings.calib_pictures, seed).images
                     begun = time.perf_counter()
                     quantized = quantize_network(network, images, plan_of(method, *bits))
                     seconds = time.perf_counter() - begun

@@ -33,18 +33,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-import checkpoint as checkpoints
 import data
 import results
+import subject as subjects
 import test
 from calibration import quantize_network
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, build_model
 from cli import option, parse
 from compression import load_packed, save_packed
 from errors import UserError, run_main
 from evaluation import score
 from files import check_writable, write_bytes
-from network import Network, fold_batch_norm
+from network import Network
 from quantization import float_network, predictor
 
 HERE = Path(__file__).resolve().parent
@@ -164,24 +164,16 @@ def points(settings: Settings) -> list[tuple[str, str]]:
 
 def load(settings: Settings) -> Material:
     """Checkpoint and pictures, drawn as test.py draws them; a limited test set is drawn at random."""
-    defaults = dataclasses.replace(
-        test.Settings(), checkpoint=settings.checkpoint, dataset=settings.dataset, data_dir=settings.data_dir
-    )
-    path = test.default_checkpoint(defaults)
-    checkpoint = checkpoints.load(path)
-    dataset = test.load_data(defaults, checkpoint.dataset, checkpoint.classes)
-    val_size, val_seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
-    if not val_size:
-        raise UserError(f"{path} held no pictures out of training to choose with; train with --val-size")
-    train, held_out = data.stratified_split(dataset.train, min(val_size, len(dataset.train) - 1), val_seed)
+    subject = subjects.load(settings.checkpoint, settings.dataset, settings.data_dir)
+    if not len(subject.validation):
+        raise UserError(f"{subject.path} held no pictures out of training to choose with; train with --val-size")
     limit = settings.limit_test
     parts = {
-        "calibration": data.calibration_split(train, settings.calib_pictures, settings.seed),
-        "validation": data.calibration_split(held_out, settings.val_pictures, settings.seed),
-        "test": data.calibration_split(dataset.test, limit, settings.seed) if limit else dataset.test,
+        "calibration": data.calibration_split(subject.train, settings.calib_pictures, settings.seed),
+        "validation": data.calibration_split(subject.validation, settings.val_pictures, settings.seed),
+        "test": data.calibration_split(subject.test, limit, settings.seed) if limit else subject.test,
     }
-    network = fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization)
-    return Material(path, checkpoints.short_hash(path), checkpoint, network, parts)
+    return Material(subject.path, subject.hash, subject.checkpoint, subject.network, parts)
 
 
 # --------------------------------------------------------------------------------------------------------------- ours
@@ -322,7 +314,7 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> None:
     """Opset 17 by the tracing exporter, which folds batch norm into the convolutions."""
     try:
         torch.onnx.export(
-            checkpoints.build_model(checkpoint),
+            build_model(checkpoint),
             (torch.zeros(1, 3, data.SIZE, data.SIZE),),
             str(path),
             opset_version=17,

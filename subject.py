@@ -1,0 +1,67 @@
+"""What is measured: a checkpoint's FP32 network, and the pictures that trained it, that chose it, and that test it.
+
+Calibration sees `train` alone; choices may be made on `validation`, which the checkpoint held out of training; `test`
+is for reporting.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoint as checkpoints
+import data
+from checkpoint import Checkpoint
+from errors import UserError
+from network import Network, fold_batch_norm, to_device
+
+
+@dataclass(frozen=True)
+class Subject:
+    """dataset: its name. hash: of the checkpoint's file, short. The network is on the CPU, batch norm folded."""
+
+    path: Path
+    hash: str
+    checkpoint: Checkpoint
+    network: Network
+    dataset: str
+    train: data.Split
+    validation: data.Split
+    test: data.Split
+
+
+def load(path: Path | None, dataset: str | None, data_dir: Path, validation: bool = False) -> Subject:
+    """None: the default checkpoint, the data set that is found. validation: held out here where the checkpoint did not;
+    the network has seen these pictures then, calibration has not. UserError where files do not fit each other."""
+    path = path or default_checkpoint()
+    checkpoint = checkpoints.load(path)
+    pictures = load_data(dataset, data_dir, checkpoint.dataset, checkpoint.classes)
+    splits = split_as_trained(checkpoint, pictures.train, validation)
+    network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
+    return Subject(path, checkpoints.short_hash(path), checkpoint, network, pictures.name, *splits, pictures.test)
+
+
+def default_checkpoint() -> Path:
+    """The user's own, or the one that comes along."""
+    own = Path("checkpoints/mnv2_fp32_best.pth")
+    return own if own.exists() else checkpoints.DEFAULT_CHECKPOINT
+
+
+def load_data(name: str | None, data_dir: Path, hint: str, classes: tuple[str, ...]) -> data.Dataset:
+    """The data set asked for, else a folder of pictures in `data_dir`, else `hint`; its classes must be `classes`."""
+    found = name or data.default_name(data_dir)
+    if not name and found != "folder" and classes != data.CIFAR10_CLASSES:
+        found = hint
+    dataset = data.load(found, data_dir)
+    if dataset.classes != classes:
+        raise UserError(
+            f"--data-dir {data_dir} ({found}) has the classes {', '.join(dataset.classes[:3])}, ... but the "
+            f"model knows {', '.join(classes[:3])}, ...; give the data set it was trained on"
+        )
+    return dataset
+
+
+def split_as_trained(checkpoint: Checkpoint, train: data.Split, validation: bool = False) -> tuple[data.Split, ...]:
+    """(train, validation), as train.py split them for this checkpoint; validation as in `load`."""
+    size, seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
+    if validation and not size:
+        size = len(train) // 10
+    return data.stratified_split(train, min(size, len(train) - 1), seed)
