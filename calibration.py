@@ -69,7 +69,8 @@ class Plan:
         return max(bits, self.edge_bits) if edge and self.edge_bits else bits
 
 
-FEW_BITS = 3  # from here down, the ends get 8 bits and channels are equalized
+FEW_BITS = 3  # of weights or activations: from here down, the ends get 8 bits
+EVEN_BITS = 4  # of activations: from here down, channels are equalized
 METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
 
 
@@ -79,16 +80,16 @@ def method_plan(
     """(plan, name of the method).
 
     plain: what a first textbook would do: min-max weights rounded to nearest, min-max activations, nothing corrected.
-    auto: what won on 2,000 validation pictures of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent
-    with corrected biases; 8 bits at both ends where the rest has 3 or fewer; equalization where activations have 3 or
-    fewer (at 4 it costs accuracy). reconstruct: the same, then gradients.
+    auto: what won on validation pictures of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent with
+    corrected biases; 8 bits at both ends where the rest has 3 or fewer; equalization where activations have 4 or
+    fewer. reconstruct: the same, then gradients.
     """
     plan = Plan(weight_bits, activation_bits, per_channel)
     if method == "plain":
         return replace(plan, act_range="minmax"), method
     if method in ("auto", "reconstruct"):
         few = min(weight_bits or 32, activation_bits or 32) <= FEW_BITS
-        even = (activation_bits or 32) <= FEW_BITS
+        even = (activation_bits or 32) <= EVEN_BITS
         plan = replace(plan, bias_correction=True, edge_bits=8 if few else None, equalize=even)
     return replace(plan, rounding="cd" if method == "auto" else method), method
 
@@ -182,7 +183,8 @@ def equalized(network: Network, images: Tensor, plan: Plan, pictures: int = 256,
     walk(network.ops, network.normalization(images[:pictures]), do)
     bits = {op.name: plan.bits_of_value(op, network.ops) for op in network.ops if op.name in samples}
     bits = {name: count for name, count in bits.items() if count}
-    return equalization.even_channels(network, samples, bits)
+    weight_bits = {op.name: plan.bits_of_layer(op, network.ops) for op in network.weighted}
+    return equalization.even_channels(network, samples, bits, weight_bits)
 
 
 @dataclass(frozen=True)

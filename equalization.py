@@ -11,6 +11,9 @@ SmoothQuant, Xiao et al. 2023, section 4):
 Values that are added, or averaged, share their factors. ReLU6 commutes with the factors when its cap moves along, so
 the FP32 network computes the same function, exactly up to rounding. All s_c are at most 1, hence every cap' is at
 least 6, and a quantizer that ends at 6 or below clips before the cap does: the quantized network needs no caps.
+Rows of weights have grids of their own, so factors of results cost nothing, nor do those of what a depthwise layer
+reads. The columns of other layers become uneven, which costs more than it gains where their weights have fewer bits
+than the value: such values keep their ranges.
 
 Offsets (channel-wise shifting: Wei et al. 2023, "Outlier Suppression+", section 4.1), for the results of the linear
 bottlenecks and their sums. No ReLU follows, and 1x1 convolutions without padding read them:
@@ -34,13 +37,17 @@ from quantization import shares
 SMALLEST = 1 / 16  # a channel that is almost silent is not blown up further: its noise would be, too
 
 
-def even_channels(network: Network, samples: Mapping[str, Tensor], bits: Mapping[str, int]) -> Network:
+def even_channels(
+    network: Network, samples: Mapping[str, Tensor], bits: Mapping[str, int], weight_bits: Mapping[str, int | None]
+) -> Network:
     """The same function with channels of about the same range and middle.
 
-    samples: value → [channels, n], numbers that its channels take on; bits: value → bits of its grid, stored ones only.
+    samples: value → [channels, n], numbers that its channels take on; bits: value → bits of its grid, stored ones only;
+    weight_bits: layer → bits of its weights, None for FP32.
     """
     factors = channel_factors(network, samples, bits)
-    scaled = {name: samples[name] / factors[name].unsqueeze(1) for name in factors if name in samples}
+    factors = {name: s for name, s in factors.items() if name not in kept_values(network.ops, bits, weight_bits)}
+    scaled = {name: x / factors[name].unsqueeze(1) if name in factors else x for name, x in samples.items()}
     return shifted(scaled_by(network, factors), channel_offsets(network, scaled, bits))
 
 
@@ -57,6 +64,16 @@ def tied_values(ops: tuple[Op, ...]) -> dict[str, str]:
             group = {name: op.inputs[0] if g in merged else g for name, g in group.items()}
             group[op.name] = op.inputs[0]
     return group
+
+
+def kept_values(ops: tuple[Op, ...], bits: Mapping[str, int], weight_bits: Mapping[str, int | None]) -> frozenset[str]:
+    """The values (with all that are tied to them) that a layer reads whose columns must not become uneven."""
+    group, kept = tied_values(ops), set()
+    for op in ops:
+        coarse = op.has_weight and not op.depthwise and (weight_bits[op.name] or 32) < bits.get(op.inputs[0], 0)
+        if coarse:
+            kept.add(group[op.inputs[0]])
+    return frozenset(name for name, first in group.items() if first in kept)
 
 
 def best_clips(sample: Tensor, bits: int, unsigned: bool, steps: int = 24) -> Tensor:

@@ -70,3 +70,13 @@ def current_umask() -> int:
 
 def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_between(path: Path, begin: str, end: str, content: str) -> None:
+    """Puts `content` between the lines `begin` and `end` of a text file; at its end, with them, where it has none."""
+    old = path.read_text() if path.exists() else ""
+    before, found, rest = old.partition(begin)
+    after = rest.partition(end)[2] if found else "\n"
+    if not found and before:
+        before = before.rstrip() + "\n\n"
+    write_bytes(path, f"{before}{begin}\n\n{content}\n{end}{after}".encode())

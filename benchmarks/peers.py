@@ -43,7 +43,7 @@ from cli import option, parse
 from compression import load_packed, save_packed
 from errors import UserError, run_main
 from evaluation import score
-from files import check_writable, write_bytes
+from files import check_writable, write_between, write_bytes
 from network import Network
 from quantization import float_network, predictor
 
@@ -148,10 +148,10 @@ def main() -> None:
         rows = [old for old in read_rows(settings.output) if not same(old, row)]  # another run may have added some
         rows.append({name: text(row.get(name)) for name in COLUMNS})
         write_rows(settings.output, rows)
-        write_page(settings.page, page([r for r in rows if fits(r, common)]))
+        write_between(settings.page, BEGIN, END, page([r for r in rows if fits(r, common)]))
         print(measured.get("error") or f"  {measured['accuracy']:.2f} %, {measured['bytes']:,} bytes", flush=True)
     content = page([r for r in rows if fits(r, common)])
-    write_page(settings.page, content)
+    write_between(settings.page, BEGIN, END, content)
     print(content)
 
 
@@ -425,16 +425,6 @@ def verdict(rows: Sequence[Mapping[str, str]], bits: str) -> str | None:
         f"| {bits} | {float(mine[0]['accuracy']):.2f} | {float(best['accuracy']):.2f} ({best['tool']}) | {ahead:+.2f} "
         f"| {int(mine[0]['bytes']):,} | {int(smallest['bytes']):,} ({smallest['tool']}) |"
     )
-
-
-def write_page(path: Path, content: str) -> None:
-    """Puts `content` between the markers of `path`; at its end where it has none."""
-    old = path.read_text() if path.exists() else ""
-    before, found, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2] if found else "\n"
-    if not found and before:
-        before = before.rstrip() + "\n\n"
-    write_bytes(path, f"{before}{BEGIN}\n\n{content}\n{END}{after}".encode())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from networks import random_model
 
 from calibration import Plan, equalized
 from data import Normalization
-from equalization import channel_offsets, even_step, shifted, tied_values
+from equalization import channel_offsets, even_step, kept_values, shifted, tied_values
 from models import Architecture
 from network import Network, fold_batch_norm, forward, operations, run_float, walk
 from quantization import make_grid, quantize
@@ -93,6 +93,20 @@ def test_four_levels_around_the_mean_beat_three():
         codes = quantize(x + shift, grid).float() - float(grid.zero_point)
         errors[name] = float((codes * float(grid.scale) - shift - x).square().mean())
     assert errors["between"] == pytest.approx(0.1188, rel=0.05) and errors["between"] < 0.85 * errors["at"]
+
+
+def test_values_keep_their_ranges_where_the_weights_that_read_them_have_fewer_bits():
+    ops = operations(Architecture())
+    values = {op.name: 4 for op in ops if op.name != "classifier.1"}
+    weights = {op.name: 8 for op in ops if op.has_weight}
+    assert kept_values(ops, values, weights) == frozenset()
+    assert kept_values(ops, values, dict.fromkeys(weights)) == frozenset()
+    coarse = kept_values(ops, values, weights | {"features.3.conv.2": 2, "features.4.conv.0.0": 3})
+    stage = {"features.2.conv.2", "features.3.conv.2", "features.3.add"}  # what the expansion of 4 reads, and its sides
+    assert coarse == {"features.3.conv.1.0"} | stage
+    every = kept_values(ops, values, {name: 2 for name in weights})
+    assert not every & {op.inputs[0] for op in ops if op.depthwise}
+    assert "pool" in every and "features.5.conv.1.0" in every and "features.5.conv.0.0" not in every
 
 
 def test_sums_and_means_tie_their_values():

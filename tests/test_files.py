@@ -12,7 +12,7 @@ import pytest
 
 import files
 from errors import UserError
-from files import check_writable, write_atomically, write_bytes
+from files import check_writable, write_atomically, write_between, write_bytes
 
 ROOT = Path(__file__).parent.parent
 WRITER = """
@@ -95,3 +95,14 @@ def test_what_a_killed_writer_left_is_removed_once_it_is_old(tmp_path):
     os.utime(old, (0, 0))
     check_writable(path)
     assert os.listdir(tmp_path) == [Path(new).name]
+
+
+def test_only_what_is_between_the_markers_is_replaced(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("# Before\n\n<!-- a -->\nold\n<!-- b -->\n\nAfter\n")
+    for content in ("new\n", "newer\n"):
+        write_between(path, "<!-- a -->", "<!-- b -->", content)
+        assert path.read_text() == f"# Before\n\n<!-- a -->\n\n{content}\n<!-- b -->\n\nAfter\n"
+    path.write_text("# Before\n")
+    write_between(path, "<!-- a -->", "<!-- b -->", "new\n")
+    assert path.read_text() == "# Before\n\n<!-- a -->\n\nnew\n\n<!-- b -->\n"

@@ -60,14 +60,6 @@ def test_page_orders_rows_and_shows_failures(peers) -> None:
     assert "fails: no / such thing" in lines[3]
 
 
-def test_write_page_replaces_only_what_is_between_the_markers(peers, tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
-    path.write_text(f"# Before\n\n{peers.BEGIN}\nold\n{peers.END}\n\nAfter\n")
-    for content in ("new\n", "newer\n"):
-        peers.write_page(path, content)
-        assert path.read_text() == f"# Before\n\n{peers.BEGIN}\n\n{content}\n{peers.END}\n\nAfter\n"
-
-
 def test_a_worker_that_fails_is_one_line(peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "export", lambda settings, material: tmp_path)
     monkeypatch.setattr(peers, "environment", lambda folder, tool: Path("/bin/false"))

@@ -1,0 +1,97 @@
+"""Writes the tables of README.md and benchmarks/README.md from results that test.py measured: no number by hand.
+
+    python benchmarks/tables.py
+
+Means and standard deviations are over the rows that differ in the seed alone (of the choice of calibration pictures).
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import report
+from cli import option, parse
+from errors import UserError, run_main
+from files import write_between
+from report import ACCURACY, ACTIVATIONS, FP32_ACCURACY, RATIO, SIZE, WEIGHTS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+GRID = (8, 6, 4, 2)
+# Points below FP32 at most, post-training, for weights/activations.
+AIMS = {"8/8": 0.1, "6/8": 0.1, "4/8": 0.4, "3/8": 1.0, "2/8": 3.0, "8/4": 1.5, "6/6": 0.3, "4/4": 2.0, "2/4": 5.0}
+AIMS |= {"2/2": 25.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of tables.py."""
+
+    results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
+    readme: Path = option(HERE.parent / "README.md", "gets the table of accuracies")
+    page: Path = option(HERE / "README.md", "gets the table of points below FP32")
+
+
+def main() -> None:
+    settings = parse(Settings, __doc__, sys.argv[1:])
+    frame = report.read_results(settings.results)
+    if not report.unique(frame, "checkpoint_hash"):
+        raise UserError(f"--results {settings.results} has several checkpoints; keep the rows of one")
+    mark = f"written by benchmarks/{Path(__file__).name}"
+    write_between(settings.readme, f"<!-- accuracies: {mark} -->", "<!-- end of accuracies -->", accuracies(frame))
+    write_between(settings.page, f"<!-- drops: {mark} -->", "<!-- end of drops -->", drops(frame))
+
+
+def of(frame: "pd.DataFrame", weights: int, activations: int, method: str) -> "pd.DataFrame":
+    """The rows of one method at one pair of bits: one for each seed and number of calibration pictures."""
+    return frame[(frame[WEIGHTS] == weights) & (frame[ACTIVATIONS] == activations) & (frame["method"] == method)]
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """mean, ± standard deviation where there are several."""
+    import statistics
+
+    mean = f"{statistics.mean(numbers):.2f}"
+    return f"{mean} ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else mean
+
+
+def accuracies(frame: "pd.DataFrame") -> str:
+    """Test accuracy at 4 x 4 pairs of bits, in brackets that of the plain method; bytes at 8-bit activations."""
+    lines = [f"| weights \\ activations | {' | '.join(map(str, GRID))} | packed file | smaller than FP32 |"]
+    lines.append("|---" * (len(GRID) + 3) + "|")
+    for weights in GRID:
+        cells = []
+        for activations in GRID:
+            ours, plain = (of(frame, weights, activations, method)[ACCURACY] for method in ("auto", "plain"))
+            cells.append((f"**{spread(ours)}**" if len(ours) else "") + (f" ({spread(plain)})" if len(plain) else ""))
+        sizes = of(frame, weights, GRID[0], "auto")
+        cells += [f"{sizes[SIZE].mean():.3f} MB", f"{sizes[RATIO].mean():.2f} times"] if len(sizes) else ["", ""]
+        lines.append(f"| {weights} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def drops(frame: "pd.DataFrame") -> str:
+    """Points below FP32 by each method that was measured, beside the aim."""
+    methods = [m for m in dict.fromkeys(frame["method"]) if "mixed" not in m and (frame["method"] == m).sum() > 0]
+    lines = ["| w/a | aim | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
+    for pair, aim in AIMS.items():
+        weights, activations = map(int, pair.split("/"))
+        rows = [of(frame, weights, activations, method) for method in methods]
+        cells = [spread(part[FP32_ACCURACY] - part[ACCURACY]) if len(part) else "" for part in rows]
+        lines.append(f"| {pair} | {aim} | {' | '.join(cells)} |")
+    counts = sorted({int(n) for n in frame["calib_pictures"] if n})
+    lines += [
+        "",
+        f"FP32 {frame[FP32_ACCURACY].iloc[0]:.2f} %; calibration on {' or '.join(map(str, counts))} pictures.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_main(main)
