@@ -208,7 +208,7 @@ class SweepResults:
     grid: dict[str, list[Any]]
     states: dict[str, int]
     frame: pd.DataFrame
-    sizes: dict[int, list[dict[str, Any]]]
+    sizes: dict[float, list[dict[str, Any]]]
 
     @property
     def summary(self) -> str:
@@ -272,7 +272,7 @@ def sweep_results(read: Mapping[str, Any]) -> SweepResults:
     states: dict[str, int] = {}
     for run in read["runs"]:
         states[run["state"]] = states.get(run["state"], 0) + 1
-    sizes = {int(bits): table for bits, table in read["tables"].items()}
+    sizes = {float(bits): table for bits, table in read["tables"].items()}  # mixed precision has a mean, such as 3.27
     frame = to_frame(rows)
     if read["config"].get("method") == "grid":  # elsewhere every run is a point of its own
         frame = latest(frame, [name for name in grid if name in frame] or list(BITS))

@@ -259,3 +259,10 @@ def test_only_an_ended_sweep_is_taken_from_the_cache(tmp_path, monkeypatch, stat
     assert len(asked) == reads
     assert first.frame.equals(second.frame) and first.grid == second.grid
     assert json.loads(Path(tmp_path / "sweep-me-p-s1.json").read_text())["path"] == "me/p/s1"
+
+
+def test_size_tables_of_mixed_precision_are_found_by_their_mean():
+    rows = {"8": [{"name": "a"}], "3.27": [{"name": "b"}]}
+    read = dict(path="e/p/s", name="s", state="FINISHED", url="", config={"method": "random"}, runs=[], tables=rows)
+    sizes = report.sweep_results(read).sizes
+    assert sizes == {8: rows["8"], 3.27: rows["3.27"]} and min(sizes) == 3.27
