@@ -78,18 +78,16 @@ def accuracies(frame: "pd.DataFrame") -> str:
 
 def drops(frame: "pd.DataFrame") -> str:
     """Points below FP32 by each method that was measured, beside the aim."""
-    methods = [m for m in dict.fromkeys(frame["method"]) if "mixed" not in m and (frame["method"] == m).sum() > 0]
-    lines = ["| w/a | aim | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
+    methods = [m for m in dict.fromkeys(frame["method"]) if "+" not in m]  # as they are, with nothing changed by flags
+    counts = [sorted({int(n) for n in frame[frame["method"] == m]["calib_pictures"] if n}) for m in methods]
+    heads = [f"{m}, {' or '.join(map(str, n))} pictures" for m, n in zip(methods, counts, strict=True)]
+    lines = ["| w/a | aim | " + " | ".join(heads) + " |", "|---" * (len(methods) + 2) + "|"]
     for pair, aim in AIMS.items():
         weights, activations = map(int, pair.split("/"))
         rows = [of(frame, weights, activations, method) for method in methods]
         cells = [spread(part[FP32_ACCURACY] - part[ACCURACY]) if len(part) else "" for part in rows]
         lines.append(f"| {pair} | {aim} | {' | '.join(cells)} |")
-    counts = sorted({int(n) for n in frame["calib_pictures"] if n})
-    lines += [
-        "",
-        f"FP32 {frame[FP32_ACCURACY].iloc[0]:.2f} %; calibration on {' or '.join(map(str, counts))} pictures.",
-    ]
+    lines += ["", f"FP32 {frame[FP32_ACCURACY].iloc[0]:.2f} %."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,36 @@
+"""benchmarks/tables.py: means and deviations against numbers by hand, and only between the markers."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import report
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def tables():
+    import tables
+
+    return tables
+
+
+def rows():
+    common = dict(weight_quant_bits=4, test_acc_fp32=90.0, model_size_mb=1.0, compression_ratio_model=9.0)
+    common |= dict(checkpoint_hash="abc", calib_pictures=512)
+    made = [(8, "auto", 0, 89.0), (8, "auto", 1, 89.5), (8, "plain", 0, 88.0), (4, "auto", 0, 85.0)]
+    made += [(8, "auto+entropy", 0, 50.0)]
+    names = ("activation_quant_bits", "method", "seed", "test_acc_quantized")
+    return [{**common, **dict(zip(names, row, strict=True))} for row in made]
+
+
+def test_accuracies_and_drops(tables):
+    frame = report.to_frame(rows())
+    lines = tables.accuracies(frame).splitlines()
+    assert lines[4] == "| 4 | **89.25 ± 0.35** (88.00) |  | **85.00** |  | 1.000 MB | 9.00 times |"
+    lines = tables.drops(frame).splitlines()
+    assert lines[0] == "| w/a | aim | auto, 512 pictures | plain, 512 pictures |"
+    assert "| 4/8 | 0.4 | 0.75 ± 0.35 | 2.00 |" in lines and "| 4/4 | 2.0 | 5.00 |  |" in lines
+    assert lines[-1] == "FP32 90.00 %."
