@@ -42,9 +42,8 @@ def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) -
     Path(folder).mkdir(parents=True, exist_ok=True)
     log = Path(folder) / "server.log"
     with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=out, env={**os.environ, "PYTHONPATH": path}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out,
+                                   env={**os.environ, "PYTHONPATH": path})
     end = time.monotonic() + wait
     while time.monotonic() < end and process.poll() is None:
         ready = read_ready(folder)

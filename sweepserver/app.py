@@ -39,10 +39,8 @@ BODY_LIMIT = 64 * 2**20  # bytes of a GraphQL document or a file stream
 DRAIN = 4 * 2**20  # bytes of a refused upload that are read and thrown away
 SESSION = 30 * 86400  # seconds that a page cookie lasts
 LINK = 3600  # seconds that an unused login link lasts
-CSP = (
-    "default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
-    "blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)  # plotly's WebGL: eval
+CSP = ("default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
+       "blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")  # plotly's WebGL: eval
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Content-Security-Policy": CSP}
 _OPEN = re.compile(r"(PUT|POST) /upload/[^/]+|(GET|HEAD) (/download/[^/]+|/static/.*|/login|/healthz)|POST /login")
 
@@ -156,9 +154,8 @@ def build(settings: Settings) -> Starlette:
 
     async def file_stream(request: Request) -> Response:
         path = request.path_params
-        status, answer = await run_in_threadpool(
-            server.file_stream, path["entity"], path["project"], path["run"], await _body(request)
-        )
+        status, answer = await run_in_threadpool(server.file_stream, path["entity"], path["project"], path["run"],
+                                                 await _body(request))
         return JSONResponse(answer, status)
 
     async def upload(request: Request) -> Response:
@@ -205,9 +202,8 @@ def build(settings: Settings) -> Starlette:
         if not known:
             return HTMLResponse(server.pages.login(target, failed=True), 401)
         answer = RedirectResponse(quote(target, safe="/?&=%:"), 303)
-        answer.set_cookie(
-            server.cookie, server.new_ticket("session", SESSION), max_age=SESSION, httponly=True, samesite="lax"
-        )
+        answer.set_cookie(server.cookie, server.new_ticket("session", SESSION), max_age=SESSION, httponly=True,
+                          samesite="lax")
         return answer
 
     async def link(request: Request) -> Response:
@@ -215,16 +211,12 @@ def build(settings: Settings) -> Starlette:
 
     async def page(request: Request) -> Response:
         status, content = await run_in_threadpool(server.pages.answer, dict(request.path_params), request.url.path)
-        return (
-            HTMLResponse(content, status)
-            if isinstance(content, str)
-            else Response(_dumps(content), status, media_type="application/json")
-        )
+        return HTMLResponse(content, status) if isinstance(content, str) else Response(
+            _dumps(content), status, media_type="application/json")
 
     async def plotly(_: Request) -> Response:
-        return FileResponse(
-            server.pages.plotly_js(), media_type="text/javascript", headers={"Cache-Control": "private, max-age=86400"}
-        )
+        return FileResponse(server.pages.plotly_js(), media_type="text/javascript",
+                            headers={"Cache-Control": "private, max-age=86400"})
 
     class Guard:
         """Every request is authorised here, but for addresses that carry their own permission."""
@@ -236,11 +228,8 @@ def build(settings: Settings) -> Starlette:
             if scope["type"] != "http":
                 return await self.app(scope, receive, send)
             request = Request(scope, receive)
-            if not (
-                _OPEN.fullmatch(f"{request.method} {request.url.path}")
-                or server.has_key(request)
-                or server.has_cookie(request)
-            ):
+            if not (_OPEN.fullmatch(f"{request.method} {request.url.path}") or server.has_key(request)
+                    or server.has_cookie(request)):
                 return await _denied(server, request)(scope, receive, send)
             try:
                 await self.app(scope, receive, send)
@@ -329,22 +318,16 @@ def _send(server: Server, row) -> Response:
     if not shown and (kind.startswith("text/") or name.endswith((".yaml", ".yml", ".log", ".patch", ".jsonl"))):
         kind, shown = "text/plain", not kind.startswith("text/html")
     disposition = f"{'inline' if shown else 'attachment'}; filename*=UTF-8''{quote(name)}"
-    return FileResponse(
-        server.files.path(row),
-        media_type=kind if shown else "application/octet-stream",
-        headers={"Content-Disposition": disposition, "Content-Security-Policy": "sandbox"},
-    )
+    return FileResponse(server.files.path(row), media_type=kind if shown else "application/octet-stream",
+                        headers={"Content-Disposition": disposition, "Content-Security-Policy": "sandbox"})
 
 
 def _denied(server: Server, request: Request) -> Response:
     if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         return HTMLResponse(server.pages.login(request.url.path), 401, headers=HEADERS)
     message = "wrong or missing API key: set WANDB_API_KEY to the one that sweepserver printed"
-    return JSONResponse(
-        {"errors": [{"message": message}], "error": message},
-        401,
-        headers={"WWW-Authenticate": 'Basic realm="sweepserver"'},
-    )
+    return JSONResponse({"errors": [{"message": message}], "error": message}, 401,
+                        headers={"WWW-Authenticate": 'Basic realm="sweepserver"'})
 
 
 def _dumps(value) -> str:

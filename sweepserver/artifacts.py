@@ -31,34 +31,19 @@ class Artifacts:
         tags = [t.get("tagName") or t.get("name") for t in _listed(input.get("tags")) if isinstance(t, dict)]
         run = self.runs.get(project["id"], input["runName"]) if input.get("runName") else None
         with self.store.write():
-            collection = self._collection(
-                project["id"], names[0], input.get("artifactTypeName") or "unspecified", input.get("sequenceClientID")
-            )
-            same = self.store.one(
-                "SELECT * FROM artifact WHERE collection=? AND digest=? AND state='COMMITTED' "
-                "ORDER BY version DESC LIMIT 1",
-                collection["id"],
-                input.get("digest"),
-            )
+            collection = self._collection(project["id"], names[0], input.get("artifactTypeName") or "unspecified",
+                                          input.get("sequenceClientID"))
+            same = self.store.one("SELECT * FROM artifact WHERE collection=? AND digest=? AND state='COMMITTED' "
+                                  "ORDER BY version DESC LIMIT 1", collection["id"], input.get("digest"))
             if same:
                 self._alias(same, ["latest", *aliases])
                 key = same["id"]
             else:
                 key = self.store.insert(
-                    "artifact",
-                    collection=collection["id"],
-                    state="PENDING",
-                    digest=input.get("digest") or "",
-                    algorithm=input.get("digestAlgorithm") or "MANIFEST_MD5",
-                    description=input.get("description"),
-                    metadata=input.get("metadata"),
-                    run=run and run["id"],
-                    client_id=input.get("clientID"),
-                    aliases=json.dumps(aliases),
-                    tags=json.dumps([t for t in tags if t]),
-                    created=now(),
-                    updated=now(),
-                )
+                    "artifact", collection=collection["id"], state="PENDING", digest=input.get("digest") or "",
+                    algorithm=input.get("digestAlgorithm") or "MANIFEST_MD5", description=input.get("description"),
+                    metadata=input.get("metadata"), run=run and run["id"], client_id=input.get("clientID"),
+                    aliases=json.dumps(aliases), tags=json.dumps([t for t in tags if t]), created=now(), updated=now())
         return {"artifact": self.node(self._row(key))}
 
     def commit(self, input: dict, **_) -> dict:
@@ -67,13 +52,8 @@ class Artifacts:
             artifact = self._row(artifact["id"])
             if artifact["state"] == "PENDING":
                 last = self.store.value("SELECT MAX(version) FROM artifact WHERE collection=?", artifact["collection"])
-                self.store.update(
-                    "artifact",
-                    artifact["id"],
-                    state="COMMITTED",
-                    updated=now(),
-                    version=0 if last is None else last + 1,
-                )
+                self.store.update("artifact", artifact["id"], state="COMMITTED", updated=now(),
+                                  version=0 if last is None else last + 1)
                 self._alias(artifact, ["latest", *json.loads(artifact["aliases"])])
         return {"artifact": self.node(self._row(artifact["id"]))}
 
@@ -94,20 +74,9 @@ class Artifacts:
             if known:  # these bytes are here; only their place in this version is new
                 self.files.record(owner, name, known["blob"], known["size"], known["md5"])
             url = None if known else self.nodes.url(self.files.sign("upload", owner=owner, name=name, md5=md5))
-            edges.append(
-                {
-                    "node": {
-                        "__typename": "File",
-                        "name": name,
-                        "displayName": name,
-                        "storagePath": f"artifacts/{artifact['id']}/{md5 or name}",
-                        "uploadUrl": url,
-                        "uploadHeaders": [],
-                        "uploadMultipartUrls": None,
-                        "artifact": self.node(artifact),
-                    }
-                }
-            )
+            edges.append({"node": {"__typename": "File", "name": name, "displayName": name,
+                                   "storagePath": f"artifacts/{artifact['id']}/{md5 or name}", "uploadUrl": url,
+                                   "uploadHeaders": [], "uploadMultipartUrls": None, "artifact": self.node(artifact)}})
         return {"files": {"edges": edges}}
 
     def use(self, input: dict, **_) -> dict:
@@ -156,10 +125,8 @@ class Artifacts:
             db.execute("DELETE FROM alias WHERE artifact=?", (key,))
             db.execute("DELETE FROM used WHERE artifact=?", (key,))
             db.execute("UPDATE artifact SET state='DELETED' WHERE id=?", (key,))
-            last = self.store.one(
-                "SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' ORDER BY version DESC LIMIT 1",
-                artifact["collection"],
-            )
+            last = self.store.one("SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' "
+                                  "ORDER BY version DESC LIMIT 1", artifact["collection"])
             if last:
                 self._alias(last, ["latest"])
         self.files.delete(self.files.list(f"artifact:{key}") + self.files.list(f"manifest:{key}"))
@@ -199,16 +166,10 @@ class Artifacts:
         if artifact is None:
             return None
         collection = self.store.one("SELECT * FROM collection WHERE id=?", artifact["collection"])
-        return {
-            "__typename": "ArtifactCollectionMembership",
-            "id": _id("Membership", artifact["id"]),
-            "versionIndex": artifact["version"],
-            "createdAt": iso(artifact["created"]),
-            "aliases": lambda **_: self._aliases(artifact),
-            "artifactCollection": self.collection(collection),
-            "artifact": lambda **_: self.node(artifact),
-            "files": lambda **k: self._files(artifact, **k),
-        }
+        return {"__typename": "ArtifactCollectionMembership", "id": _id("Membership", artifact["id"]),
+                "versionIndex": artifact["version"], "createdAt": iso(artifact["created"]),
+                "aliases": lambda **_: self._aliases(artifact), "artifactCollection": self.collection(collection),
+                "artifact": lambda **_: self.node(artifact), "files": lambda **k: self._files(artifact, **k)}
 
     def collection(self, collection) -> dict | None:
         if collection is None:
@@ -230,17 +191,11 @@ class Artifacts:
         }  # fmt: skip
 
     def type(self, name: str) -> dict:
-        return {
-            "__typename": "ArtifactType",
-            "id": _id("Type", name),
-            "name": name,
-            "description": None,
-            "createdAt": "2026-01-01T00:00:00Z",
-        }
+        return {"__typename": "ArtifactType", "id": _id("Type", name), "name": name, "description": None,
+                "createdAt": "2026-01-01T00:00:00Z"}
 
     def of_project(self, project) -> dict:
         """The artifact fields of a project's node."""
-
         def collections(kind=None, **k):
             return self.nodes.connection(self._collections(project, kind), self.collection, **k)
 
@@ -251,14 +206,10 @@ class Artifacts:
         def one_type(name=None, **_):
             if not self._collections(project, name):
                 return None
-            return {
-                **self.type(name),
-                "artifactCollections": lambda **k: collections(name, **k),
-                "artifactCollection": lambda **k: one_collection(kind=name, **k),
-                "artifacts": lambda **k: self.nodes.connection(
-                    [a for c in self._collections(project, name) for a in self._committed(c)], self.node, **k
-                ),
-            }
+            return {**self.type(name), "artifactCollections": lambda **k: collections(name, **k),
+                    "artifactCollection": lambda **k: one_collection(kind=name, **k),
+                    "artifacts": lambda **k: self.nodes.connection(
+                        [a for c in self._collections(project, name) for a in self._committed(c)], self.node, **k)}
 
         def types(**k):
             names = sorted({c["type"] for c in self._collections(project, None)})
@@ -269,28 +220,19 @@ class Artifacts:
             found = self.store.one("SELECT * FROM collection WHERE project=? AND name=?", project["id"], collection)
             return self.membership(found and self._member(found, alias or "latest"))
 
-        return {
-            "artifactCollections": collections,
-            "artifactCollection": one_collection,
-            "artifactType": one_type,
-            "artifactTypes": types,
-            "artifactCollectionMembership": membership,
-            "artifact": lambda name="", **_: (membership(name) or {"artifact": lambda: None})["artifact"](),
-        }
+        return {"artifactCollections": collections, "artifactCollection": one_collection, "artifactType": one_type,
+                "artifactTypes": types, "artifactCollectionMembership": membership,
+                "artifact": lambda name="", **_: (membership(name) or {"artifact": lambda: None})["artifact"]()}
 
     def of_run(self, run) -> dict:
         """The artifact fields of a run's node."""
-
         def outputs(**k):
             rows = self.store.all("SELECT * FROM artifact WHERE run=? AND state='COMMITTED' ORDER BY id", run["id"])
             return self.nodes.connection(rows, self.node, **k)
 
         def inputs(**k):
-            rows = self.store.all(
-                "SELECT artifact.* FROM artifact JOIN used ON used.artifact=artifact.id "
-                "WHERE used.run=? ORDER BY artifact.id",
-                run["id"],
-            )
+            rows = self.store.all("SELECT artifact.* FROM artifact JOIN used ON used.artifact=artifact.id "
+                                  "WHERE used.run=? ORDER BY artifact.id", run["id"])
             return self.nodes.connection(rows, self.node, **k)
 
         return {"outputArtifacts": outputs, "inputArtifacts": inputs}
@@ -337,9 +279,8 @@ class Artifacts:
         return [row for row in rows if kind in (None, row["type"])]
 
     def _committed(self, collection) -> list:
-        return self.store.all(
-            "SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' ORDER BY version DESC", collection["id"]
-        )
+        return self.store.all("SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' ORDER BY version DESC",
+                              collection["id"])
 
     def _versions(self, collection, order=None, filters=None, **k) -> dict:
         wanted = parsed(filters, {}) or {}
@@ -353,25 +294,16 @@ class Artifacts:
     def _member(self, collection, alias: str | None):
         """The version of an alias, of `v3`, or of a digest's beginning."""
         if alias and alias[0] == "v" and alias[1:].isdigit():
-            return self.store.one(
-                "SELECT * FROM artifact WHERE collection=? AND version=? AND state='COMMITTED'",
-                collection["id"],
-                int(alias[1:]),
-            )
-        return self.store.one(
-            "SELECT artifact.* FROM artifact JOIN alias ON alias.artifact=artifact.id "
-            "WHERE alias.collection=? AND alias.alias=?",
-            collection["id"],
-            alias,
-        )
+            return self.store.one("SELECT * FROM artifact WHERE collection=? AND version=? AND state='COMMITTED'",
+                                  collection["id"], int(alias[1:]))
+        return self.store.one("SELECT artifact.* FROM artifact JOIN alias ON alias.artifact=artifact.id "
+                              "WHERE alias.collection=? AND alias.alias=?", collection["id"], alias)
 
     def _alias(self, artifact, names: list[str]) -> None:
         with self.store.write() as db:
             for name in names:
-                db.execute(
-                    "INSERT OR REPLACE INTO alias(collection, alias, artifact) VALUES(?,?,?)",
-                    (artifact["collection"], name, artifact["id"]),
-                )
+                db.execute("INSERT OR REPLACE INTO alias(collection, alias, artifact) VALUES(?,?,?)",
+                           (artifact["collection"], name, artifact["id"]))
 
     def _aliases(self, artifact) -> list[dict]:
         rows = self.store.all("SELECT * FROM alias WHERE artifact=? ORDER BY alias", artifact["id"])
@@ -387,10 +319,8 @@ class Artifacts:
         if digest:
             self.store.update("artifact", key, digest=digest)
         token = self.files.sign("upload", owner=f"manifest:{key}", name="manifest.json")
-        return {
-            "id": _id("Manifest", key),
-            "file": {"id": _id("File", key), "uploadUrl": self.nodes.url(token), "uploadHeaders": []},
-        }
+        return {"id": _id("Manifest", key), "file": {"id": _id("File", key), "uploadUrl": self.nodes.url(token),
+                                                     "uploadHeaders": []}}
 
     def _files(self, artifact, names=None, **k) -> dict:
         """The files of a version, from its manifest; references to elsewhere are not files of ours."""
@@ -417,11 +347,8 @@ def _listed(value) -> list:
 
 
 def _alias_node(row) -> dict:
-    return {
-        "__typename": "ArtifactAlias",
-        "id": _id("Alias", f"{row['collection']}:{row['alias']}"),
-        "alias": row["alias"],
-    }
+    return {"__typename": "ArtifactAlias", "id": _id("Alias", f"{row['collection']}:{row['alias']}"),
+            "alias": row["alias"]}
 
 
 def _tags(row) -> list[dict]:

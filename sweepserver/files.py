@@ -73,10 +73,8 @@ class Files:
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         with self.store.write() as db:
             old = self.get(owner, name)
-            db.execute(
-                "INSERT OR REPLACE INTO file(owner, name, blob, size, md5, mimetype, updated) VALUES(?,?,?,?,?,?,?)",
-                (owner, name, blob, size, md5, kind, now()),
-            )
+            db.execute("INSERT OR REPLACE INTO file(owner, name, blob, size, md5, mimetype, updated) "
+                       "VALUES(?,?,?,?,?,?,?)", (owner, name, blob, size, md5, kind, now()))
         if old:
             self._drop(old["blob"])
 

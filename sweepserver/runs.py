@@ -46,19 +46,9 @@ class Runs:
 
     def upsert(self, project: int | None, given: dict):
         """UpsertBucket in all its shapes; answers (row, inserted). A null never erases."""
-        known = {
-            "config": "config",
-            "summaryMetrics": "summary",
-            "displayName": "display_name",
-            "notes": "notes",
-            "description": "description",
-            "groupName": "group",
-            "jobType": "job_type",
-            "host": "host",
-            "jobProgram": "program",
-            "commit": "commit",
-            "sweep": "sweep",
-        }
+        known = {"config": "config", "summaryMetrics": "summary", "displayName": "display_name", "notes": "notes",
+                 "description": "description", "groupName": "group", "jobType": "job_type", "host": "host",
+                 "jobProgram": "program", "commit": "commit", "sweep": "sweep"}
         columns = {known[key]: value for key, value in given.items() if key in known and value is not None}
         if given.get("tags") is not None:
             columns["tags"] = json.dumps(given["tags"])
@@ -71,9 +61,8 @@ class Runs:
                 return self.store.one("SELECT * FROM run WHERE id=?", self.create(project, given["name"], **columns)), 1
             by_run = not given.get("id") and (given.get("host") or given.get("jobProgram"))
             if by_run and row["state"] != "running":  # pending at its start, or an ended one resumed
-                columns.update(
-                    state="running", ended=None, stop_at=None, stop_why=None, stop_sent=0, preempting=0, heartbeat=now()
-                )
+                columns.update(state="running", ended=None, stop_at=None, stop_why=None, stop_sent=0, preempting=0,
+                               heartbeat=now())
                 if row["state"] == "pending":
                     columns["created"] = now()  # the clock of a run starts when it does
             if columns.get("display_name") == "":
@@ -106,11 +95,8 @@ class Runs:
 
     def config(self, run) -> dict:
         """Flat config, without W&B's own entries."""
-        return {
-            name: entry.get("value") if isinstance(entry, dict) and "value" in entry else entry
-            for name, entry in parsed(run["config"], {}).items()
-            if name not in ("_wandb", "wandb_version")
-        }
+        return {name: entry.get("value") if isinstance(entry, dict) and "value" in entry else entry
+                for name, entry in parsed(run["config"], {}).items() if name not in ("_wandb", "wandb_version")}
 
     def summary(self, run) -> dict:
         return parsed(run["summary"], {})
@@ -151,10 +137,8 @@ class Runs:
                 kind = "number" if isinstance(value, int | float) else ("string" if isinstance(value, str) else "map")
                 counts = kinds.setdefault(key, {})
                 counts[kind] = counts.get(kind, 0) + 1
-        keys = {
-            key: {"typeCounts": [{"type": kind, "count": n} for kind, n in counts.items()]}
-            for key, counts in kinds.items()
-        }
+        keys = {key: {"typeCounts": [{"type": kind, "count": n} for kind, n in counts.items()]}
+                for key, counts in kinds.items()}
         return {"lastStep": last, "sets": [], "keys": keys}
 
     def find(self, project: int, filters=None, order: str | None = None) -> list:

@@ -54,15 +54,8 @@ class Scheduler:
                 if search is None:
                     raise Refused("a new sweep needs a configuration")
                 sweep_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-                self.store.insert(
-                    "sweep",
-                    id=sweep_id,
-                    project=project,
-                    config=given["config"],
-                    created=now(),
-                    state=given.get("state") or "PENDING",
-                    **columns,
-                )
+                self.store.insert("sweep", id=sweep_id, project=project, config=given["config"], created=now(),
+                                  state=given.get("state") or "PENDING", **columns)
                 self._adopt(sweep_id, project, search, parsed(given.get("priorRunsFilters")))
                 return sweep_id
             if self.sweep(sweep_id) is None:
@@ -91,10 +84,8 @@ class Scheduler:
                 for run in self._live(sweep_id):
                     self.stop(run, "cancel")
             elif state == "RUNNING" and before in ("FINISHED", "CANCELED"):  # resumed: what failed gets a new chance
-                db.execute(
-                    "UPDATE point SET status='again', losses=0 WHERE sweep=? AND status IN ('failed', 'lost')",
-                    (sweep_id,),
-                )
+                db.execute("UPDATE point SET status='again', losses=0 WHERE sweep=? AND status IN ('failed', 'lost')",
+                           (sweep_id,))
 
     def _renumber(self, sweep_id: str, search: Search) -> None:
         """A changed grid keeps the points that it shares with the old one; the others leave the count."""
@@ -122,22 +113,14 @@ class Scheduler:
 
     def counts(self, sweep) -> dict:
         """What the sweep page says: total (None without an end), done, running, failed, lost, waiting."""
-        rows = self.store.all(
-            "SELECT status, COUNT(*) AS n FROM point WHERE sweep=? AND idx IS NOT NULL GROUP BY status", sweep["id"]
-        )
+        rows = self.store.all("SELECT status, COUNT(*) AS n FROM point WHERE sweep=? AND idx IS NOT NULL "
+                              "GROUP BY status", sweep["id"])
         by = {row["status"]: row["n"] for row in rows}
         total = parse_sweep(sweep["config"]).size
-        counts = {
-            "total": total,
-            "done": by.get("done", 0),
-            "running": by.get("out", 0),
-            "failed": by.get("failed", 0),
-            "lost": by.get("lost", 0),
-            "again": by.get("again", 0),
-        }
-        counts["waiting"] = (
-            None if total is None else total - sum(by.get(k, 0) for k in ("done", "out", "failed", "lost"))
-        )
+        counts = {"total": total, "done": by.get("done", 0), "running": by.get("out", 0),
+                  "failed": by.get("failed", 0), "lost": by.get("lost", 0), "again": by.get("again", 0)}
+        counts["waiting"] = None if total is None else total - sum(by.get(k, 0) for k in
+                                                                     ("done", "out", "failed", "lost"))
         return counts
 
     # -- agents ---------------------------------------------------------------------------------------------------
@@ -146,9 +129,8 @@ class Scheduler:
         if self.sweep(sweep_id) is None:
             raise Refused(f"sweep {sweep_id} not found")
         agent_id = secrets.token_hex(8)
-        self.store.insert(
-            "agent", id=agent_id, sweep=sweep_id, host=host or "", created=now(), heartbeat=now(), state="RUNNING"
-        )
+        self.store.insert("agent", id=agent_id, sweep=sweep_id, host=host or "", created=now(), heartbeat=now(),
+                          state="RUNNING")
         return agent_id
 
     def heartbeat(self, agent_id: str, alive: set[str]) -> list[dict]:
@@ -159,9 +141,8 @@ class Scheduler:
             if sweep is None:
                 raise Refused("agent or sweep not found", 404)
             self.store.update("agent", agent_id, heartbeat=now(), state="RUNNING")
-            mine = self.store.all(
-                "SELECT * FROM run WHERE agent=? AND state IN ('pending','running','crashed')", agent_id
-            )
+            mine = self.store.all("SELECT * FROM run WHERE agent=? AND state IN ('pending','running','crashed')",
+                                  agent_id)
             for run in mine:
                 if run["name"] in alive:
                     self.runs.touch(run)
@@ -203,16 +184,8 @@ class Scheduler:
         self.store.update("point", point["id"], status="out")
         name = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
         count = self.store.value("SELECT COUNT(*) FROM run WHERE sweep=?", sweep["id"])
-        self.runs.create(
-            sweep["project"],
-            name,
-            state="pending",
-            sweep=sweep["id"],
-            agent=agent_id,
-            point=point["id"],
-            config=json.dumps(values),
-            display_name=display_name(name, f"sweep-{count + 1}"),
-        )
+        self.runs.create(sweep["project"], name, state="pending", sweep=sweep["id"], agent=agent_id, point=point["id"],
+                         config=json.dumps(values), display_name=display_name(name, f"sweep-{count + 1}"))
         self.store.update("sweep", sweep["id"], state="RUNNING")
         program = str(search.config.get("program") or "")
         return [{"type": "run", "run_id": name, "program": program, "args": values}]
@@ -222,10 +195,8 @@ class Scheduler:
         if point:
             return point
         index, size = sweep["cursor"], search.size
-        if (
-            size is not None
-            and self.store.value("SELECT COUNT(*) FROM point WHERE sweep=? AND idx IS NOT NULL", sweep["id"]) >= size
-        ):
+        if size is not None and self.store.value("SELECT COUNT(*) FROM point WHERE sweep=? AND idx IS NOT NULL",
+                                                 sweep["id"]) >= size:
             return None
         while self.store.one("SELECT 1 FROM point WHERE sweep=? AND idx=?", sweep["id"], index):
             index += 1
@@ -263,14 +234,8 @@ class Scheduler:
             self.store.update("run", run["id"], state=state, exit_code=exit_code, ended=now(), heartbeat=now())
             if not point:
                 return
-            others = [
-                r
-                for r in self.store.all(
-                    "SELECT * FROM run WHERE point=? AND id<>? AND state IN ('pending','running')",
-                    point["id"],
-                    run["id"],
-                )
-            ]
+            others = [r for r in self.store.all("SELECT * FROM run WHERE point=? AND id<>? AND state IN "
+                                                "('pending','running')", point["id"], run["id"])]
             if status == "done":
                 for other in others:
                     self.stop(other, "superseded")
@@ -288,9 +253,8 @@ class Scheduler:
             point = run["point"] and self.store.one("SELECT * FROM point WHERE id=?", run["point"])
             if not point or point["status"] != "out":
                 return
-            if self.store.one(
-                "SELECT 1 FROM run WHERE point=? AND id<>? AND state IN ('pending','running')", point["id"], run["id"]
-            ):
+            if self.store.one("SELECT 1 FROM run WHERE point=? AND id<>? AND state IN ('pending','running')",
+                              point["id"], run["id"]):
                 return
             why = {"cancel": "again", "early": "done", "stop": "failed"}.get(run["stop_why"])
             self._settle(point, why or ("again" if run["preempting"] else "lose"))
@@ -340,10 +304,8 @@ class Scheduler:
         self.store.update("point", point["id"], status=status)
 
     def _settled_by_other(self, run) -> bool:
-        return (
-            self.store.one("SELECT 1 FROM run WHERE point=? AND id<>? AND state='finished'", run["point"], run["id"])
-            is not None
-        )
+        return self.store.one("SELECT 1 FROM run WHERE point=? AND id<>? AND state='finished'",
+                              run["point"], run["id"]) is not None
 
     def _finish_if_done(self, sweep_id: str) -> None:
         sweep = self.sweep(sweep_id)
@@ -374,13 +336,6 @@ class Scheduler:
             state = "finished" if run["stop_why"] == "early" and run["state"] == "killed" else run["state"]
             rows = self.runs.rows(run, "history") if search.early or search.method == "bayes" else []
             history = [{search.metric: row[search.metric]} for row in rows if search.metric in row]
-            answer.append(
-                {
-                    "name": run["name"],
-                    "state": known.get(state, state),
-                    "config": parsed(run["config"], {}),
-                    "summary": parsed(run["summary"], {}),
-                    "history": history,
-                }
-            )
+            answer.append({"name": run["name"], "state": known.get(state, state), "config": parsed(run["config"], {}),
+                           "summary": parsed(run["summary"], {}), "history": history})
         return answer

@@ -183,16 +183,8 @@ def runs_to_stop(search: Search, runs: list[dict]) -> list[str]:
 
 
 def _library_runs(package, runs: list[dict]) -> list:
-    return [
-        package.SweepRun(
-            name=run["name"],
-            state=run["state"],
-            config=run["config"],
-            summaryMetrics=run["summary"],
-            sampledHistory=run["history"],
-        )
-        for run in runs
-    ]
+    return [package.SweepRun(name=run["name"], state=run["state"], config=run["config"],
+                             summaryMetrics=run["summary"], sampledHistory=run["history"]) for run in runs]
 
 
 def _plain(value):
@@ -248,10 +240,8 @@ def _axes(parameters: dict, path: tuple):
 
 
 def _constants(parameters: dict) -> dict:
-    return {
-        name: _constants(spec["parameters"]) if "parameters" in spec else spec.get("value")
-        for name, spec in parameters.items()
-    }
+    return {name: _constants(spec["parameters"]) if "parameters" in spec else spec.get("value")
+            for name, spec in parameters.items()}
 
 
 def _put(point: dict, path: tuple, value) -> None:

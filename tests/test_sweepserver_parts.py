@@ -46,11 +46,8 @@ def test_grid_order_equals_the_sweeps_package():
 
 
 def test_a_random_point_depends_on_its_number_alone():
-    parameters = {
-        "lr": {"min": 1e-5, "max": 0.1, "distribution": "log_uniform_values"},
-        "n": {"min": 1, "max": 9},
-        "opt": {"parameters": {"m": {"values": ["a", "b"]}}},
-    }
+    parameters = {"lr": {"min": 1e-5, "max": 0.1, "distribution": "log_uniform_values"}, "n": {"min": 1, "max": 9},
+                  "opt": {"parameters": {"m": {"values": ["a", "b"]}}}}
     assert random_point(parameters, random.Random("s:3")) == random_point(parameters, random.Random("s:3"))
     assert random_point(parameters, random.Random("s:3")) != random_point(parameters, random.Random("s:4"))
 
@@ -99,17 +96,8 @@ def test_bayes_without_the_package_says_what_to_install(monkeypatch):
 
 # -- GraphQL ----------------------------------------------------------------------------------------------------------
 
-ROOTS = {
-    "query": {
-        "thing": lambda id=None, **k: {
-            "__typename": "Run",
-            "id": id,
-            "more": lambda **k: [{"n": 1}, None],
-            "given": lambda **kw: sorted(kw.items()),
-            "extra": k,
-        }
-    }
-}
+ROOTS = {"query": {"thing": lambda id=None, **k: {"__typename": "Run", "id": id, "more": lambda **k: [{"n": 1}, None],
+                                                "given": lambda **kw: sorted(kw.items()), "extra": k}}}
 
 
 @pytest.mark.parametrize("query, variables, want", [
@@ -146,15 +134,9 @@ def runs(tmp_path):
     states = [("finished", 0.5), ("finished", float("nan")), ("failed", None), ("running", 0.9)]
     for i, (state, acc) in enumerate(states):
         summary = {"val/acc": acc, "deep": {"max": i}} if acc is not None else {}
-        runs.create(
-            project,
-            f"r{i}",
-            state=state,
-            sweep="s" if i else None,
-            tags=json.dumps([f"t{i}"]),
-            config=json.dumps({"bits": {"value": i}, "opt": {"value": {"lr": i / 10}}}),
-            summary=json.dumps(summary),
-        )
+        runs.create(project, f"r{i}", state=state, sweep="s" if i else None, tags=json.dumps([f"t{i}"]),
+                    config=json.dumps({"bits": {"value": i}, "opt": {"value": {"lr": i / 10}}}),
+                    summary=json.dumps(summary))
     return runs
 
 
@@ -185,10 +167,8 @@ def test_streams_are_stored_by_offset_so_that_a_retry_is_harmless(runs):
     for _ in range(2):
         runs.stream(run, {"wandb-history.jsonl": part, "output.log": {"offset": 0, "content": ["one"]}})
     runs.stream(run, {"output.log": {"offset": 0, "content": ["two"]}})
-    assert runs.history(run, "history", 10, None, None) == [
-        '{"_step": 0, "x": "NaN"}',
-        '{"_step": 1, "x": 2.5, "y": "Infinity"}',
-    ]
+    assert runs.history(run, "history", 10, None, None) == ['{"_step": 0, "x": "NaN"}',
+                                                            '{"_step": 1, "x": 2.5, "y": "Infinity"}']
     assert runs.texts(run, "log") == ["two"]
     assert runs.sampled(run, {"keys": ["_step", "y"]}) == [{"_step": 1, "y": "Infinity"}]
     assert runs.sampled(run, {"keys": ["x"], "minStep": 1, "maxStep": 1}) == [{"x": 2.5}]
@@ -239,11 +219,8 @@ def test_names_that_leave_the_run_are_refused(name):
 
 def quadratic_front(points):
     """Oracle: the points that no other one beats, by definition."""
-    return {
-        i
-        for i, (x, y) in enumerate(points)
-        if not any((u <= x and v > y) or (u < x and v >= y) for j, (u, v) in enumerate(points) if j != i)
-    }
+    return {i for i, (x, y) in enumerate(points) if not any(
+        (u <= x and v > y) or (u < x and v >= y) for j, (u, v) in enumerate(points) if j != i)}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -256,15 +233,8 @@ def test_pareto_front_equals_its_definition(seed):
 
 
 def rows():
-    return [
-        {
-            "name": f"r{w}{a}",
-            "params": {"weight_quant_bits": w, "activation_quant_bits": a, "opt": "<b>x</b>"},
-            "values": {"acc": 0.1 * w + 0.01 * a, "model_size_mb": w / 4},
-        }
-        for w in (2, 4, 8)
-        for a in (4, 8)
-    ]
+    return [{"name": f"r{w}{a}", "params": {"weight_quant_bits": w, "activation_quant_bits": a, "opt": "<b>x</b>"},
+             "values": {"acc": 0.1 * w + 0.01 * a, "model_size_mb": w / 4}} for w in (2, 4, 8) for a in (4, 8)]
 
 
 def test_figures_hold_what_the_rows_hold():
@@ -274,31 +244,17 @@ def test_figures_hold_what_the_rows_hold():
     assert front["x"] == [0.5, 1.0, 2.0] and front["y"] == pytest.approx([0.28, 0.48, 0.88])
     labels = [d["label"] for d in figures.parallel(rows(), "acc")["data"][0]["dimensions"]]
     assert labels == ["activation bits", "weight bits", "model size mb", "acc"]
-    assert "<" not in json.dumps(
-        figures.parallel([{**r, "params": {"opt": f"<i>{i}"}, "name": "n"} for i, r in enumerate(rows())], "acc")[
-            "data"
-        ]
-    )
+    assert "<" not in json.dumps(figures.parallel([{**r, "params": {"opt": f"<i>{i}"}, "name": "n"}
+                                                   for i, r in enumerate(rows())], "acc")["data"])
     assert figures.parallel([], "acc") is None and figures.heatmap(rows()[:1], "acc") is None
     assert figures.pareto([], "acc") is None
 
 
 def test_a_sweep_of_bit_widths_is_drawn_with_the_projects_own_figures():
     report = pytest.importorskip("report")
-    bits = [
-        {
-            **row,
-            "config": row["params"],
-            "values": {
-                **row["values"],
-                "test_acc_quantized": 90 + i,
-                "model_size_fp32_mb": 9.0,
-                "test_acc_fp32": 94.0,
-                "compression_ratio_model": 4.0,
-            },
-        }
-        for i, row in enumerate(rows())
-    ]
+    bits = [{**row, "config": row["params"], "values": {**row["values"], "test_acc_quantized": 90 + i,
+                                                       "model_size_fp32_mb": 9.0, "test_acc_fp32": 94.0,
+                                                       "compression_ratio_model": 4.0}} for i, row in enumerate(rows())]
     drawn = figures.draw(bits, "test_acc_quantized", "maximize")
     frame = report.to_frame([{**row["config"], **row["values"]} for row in bits])
     want = json.loads(report.heatmap_figure(frame).to_json())
