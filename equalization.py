@@ -31,7 +31,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from network import INPUT, Network, Op
+from network import INPUT, Network, Op, accumulated
 from quantization import shares
 
 SMALLEST = 1 / 16  # a channel that is almost silent is not blown up further: its noise would be, too
@@ -45,8 +45,8 @@ def even_channels(
     samples: value → [channels, n], numbers that its channels take on; bits: value → bits of its grid, stored ones only;
     weight_bits: layer → bits of its weights, None for FP32.
     """
-    factors = channel_factors(network, samples, bits)
-    factors = {name: s for name, s in factors.items() if name not in kept_values(network.ops, bits, weight_bits)}
+    kept = kept_values(network.ops, bits, weight_bits)
+    factors = {name: s for name, s in channel_factors(network, samples, bits).items() if name not in kept}
     scaled = {name: x / factors[name].unsqueeze(1) if name in factors else x for name, x in samples.items()}
     return shifted(scaled_by(network, factors), channel_offsets(network, scaled, bits))
 
@@ -156,7 +156,7 @@ def shifted(network: Network, offsets: Mapping[str, Tensor]) -> Network:
 
     offsets: of results of convolutions without ReLU6, and of sums, which only 1x1 convolutions without padding read.
     """
-    sums = {op.inputs[1]: op for op in network.ops if op.kind == "add"}
+    sums = accumulated(network.ops)
     biases, moved = dict(network.biases), {}
     for op in network.ops:
         before = [moved.get(name) for name in op.inputs]

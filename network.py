@@ -99,6 +99,12 @@ def weighted(ops: Sequence[Op]) -> tuple[Op, ...]:
     return tuple(op for op in ops if op.has_weight)
 
 
+def accumulated(ops: Sequence[Op]) -> dict[str, Op]:
+    """Value → the sum that takes it from the accumulator: results of convolutions whose only use is that sum."""
+    uses = Counter(name for op in ops for name in op.inputs)
+    return {op.inputs[1]: op for op in ops if op.kind == "add" and uses[op.inputs[1]] == 1}
+
+
 def fused_operations(ops: Sequence[Op]) -> tuple[Op, ...]:
     """The operations as integer hardware runs them: a sum is part of the convolution that makes one of its sides.
 
@@ -106,8 +112,7 @@ def fused_operations(ops: Sequence[Op]) -> tuple[Op, ...]:
     there before the one requantization (epilogue fusion, as in CUTLASS and TensorRT). So this side never lies in memory
     and takes no grid. The fused operation has the sum's name, and the convolution's input besides the other side.
     """
-    uses = Counter(name for op in ops for name in op.inputs)
-    sums = {op.inputs[1]: op for op in ops if op.kind == "add" and uses[op.inputs[1]] == 1}
+    sums = accumulated(ops)
     return tuple(
         replace(op, name=sums[op.name].name, inputs=(*op.inputs, sums[op.name].inputs[0])) if op.name in sums else op
         for op in ops

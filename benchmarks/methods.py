@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+from tables import spread
 from torch import Tensor
 
 import data
@@ -28,6 +28,7 @@ from checkpoint import DEFAULT_CHECKPOINT
 from cli import option, parse
 from errors import UserError, run_main
 from quantization import QuantizedNetwork, float_network, predictor
+from reconstruction import divergence
 from subject import load
 
 CD = dict(rounding="cd", bias_correction=True)
@@ -81,7 +82,7 @@ def main() -> None:
     network, split = subject.network, {"val": subject.validation, "test": subject.test}[settings.split]
     split = data.calibration_split(split, settings.limit, seed=0) if settings.limit else split  # of all classes
     rows = read_rows(settings.output)
-    exact = log_probabilities(float_network(network), split)
+    exact = logits_of(float_network(network), split)
     fp32 = accuracy(exact, split)
     print(f"FP32 on {len(split)} {settings.split} pictures: {fp32:.2f} %", flush=True)
     for weight_bits in settings.weight_bits:
@@ -97,8 +98,8 @@ def main() -> None:
                     begun = time.perf_counter()
                     quantized = quantize_network(network, images, plan_of(method, *bits))
                     seconds = time.perf_counter() - begun
-                    logs = log_probabilities(quantized, split)
-                    reached, kl = accuracy(logs, split), float((exact.exp() * (exact - logs)).sum(1).mean())
+                    logits = logits_of(quantized, split)
+                    reached, kl = accuracy(logits, split), float(divergence(logits, exact))
                     row = point | {"accuracy": f"{reached:.3f}", "fp32": f"{fp32:.3f}", "kl": f"{kl:.4f}"}
                     row |= {"seconds": f"{seconds:.1f}"}
                     rows.append(row)
@@ -116,14 +117,13 @@ def main() -> None:
     print(table([row for row in rows if row["split"] == settings.split and row["pictures"] == str(len(split))]))
 
 
-def log_probabilities(network: QuantizedNetwork, split: data.Split) -> Tensor:
+def logits_of(network: QuantizedNetwork, split: data.Split) -> Tensor:
     """float64 [N, classes], of the network on integers."""
-    forward = predictor(network)
-    return torch.cat([forward(part) for part in split.images.split(256)]).double().log_softmax(1)
+    return predictor(network)(split.images).double()
 
 
-def accuracy(logs: Tensor, split: data.Split) -> float:
-    return 100.0 * float((logs.argmax(1) == split.labels).double().mean())
+def accuracy(logits: Tensor, split: data.Split) -> float:
+    return 100.0 * float((logits.argmax(1) == split.labels).double().mean())
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -138,8 +138,7 @@ def table(rows: list[dict[str, str]]) -> str:
             ]
             drops = [float(r["fp32"]) - float(r["accuracy"]) for r in found]
             kl = f" (KL {statistics.mean(float(r['kl']) for r in found):.3f})" if found else ""
-            spread = f" ± {statistics.stdev(drops):.2f}" if len(drops) > 1 else ""
-            cells.append(f"{statistics.mean(drops):.2f}{spread}{kl}" if drops else "")
+            cells.append(f"{spread(drops)}{kl}" if drops else "")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@
 Means and standard deviations are over the rows that differ in the seed alone (of the choice of calibration pictures).
 """
 
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,8 +56,6 @@ def of(frame: "pd.DataFrame", weights: int, activations: int, method: str) -> "p
 
 def spread(numbers: Sequence[float]) -> str:
     """mean, ± standard deviation where there are several."""
-    import statistics
-
     mean = f"{statistics.mean(numbers):.2f}"
     return f"{mean} ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else mean
 
