@@ -45,8 +45,15 @@ class LearnedNetwork(nn.Module):
                 self.weight_scales[key(name)] = layer.grid.scale.log()
                 for which, end in zip(("low", "high"), code_ends(layer.grid, layer.codes.ndim), strict=True):
                     self.register_buffer(f"{which}/{key(name)}", end, persistent=False)  # moves with the parameters
-        for name, grid in start.activations.items():
-            self.value_scales[key(name)] = grid.scale.log()
+        self.value_ends: dict[str, tuple[int, int]] = {}  # lowest and highest code, zero-point taken off
+        self.largest_scales: dict[str, float] = {}
+        for op in start.ops:
+            if grid := start.activations.get(op.name):
+                self.value_scales[key(op.name)] = grid.scale.log()
+                self.value_ends[op.name] = -int(grid.zero_point), grid.highest - int(grid.zero_point)
+                if op.relu6:  # the grid ends where ReLU6 does at the latest, for it does the clipping
+                    end = float(network.caps[op.name].max()) if op.name in network.caps else 6.0
+                    self.largest_scales[op.name] = end / grid.highest
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self.start.ops, x)
@@ -62,12 +69,10 @@ class LearnedNetwork(nn.Module):
 
     def apply_op(self, op: Op, inputs: Sequence[Tensor], drop: Drop | None = None) -> Tensor:
         weight, bias = self.weight_and_bias(op) if op.has_weight else (None, None)
-        grid = self.start.activations.get(op.name)
-        if grid is None:
+        if op.name not in self.value_ends:
             return apply_float(op, inputs, weight, bias)
         y = apply_float(replace(op, relu6=False), inputs, weight, bias)
-        low, high = -int(grid.zero_point), grid.highest - int(grid.zero_point)
-        quantized = Quantize.apply(y, self.value_scale(op), low, high)
+        quantized = Quantize.apply(y, self.value_scale(op), *self.value_ends[op.name])
         return drop(relu6(y, self.caps.get(op.name)) if op.relu6 else y, quantized) if drop else quantized
 
     def weight_and_bias(self, op: Op) -> tuple[Tensor, Tensor]:
@@ -99,11 +104,10 @@ class LearnedNetwork(nn.Module):
         return straight_through(scale, round_scale(scale))
 
     def value_scale(self, op: Op) -> Tensor:
-        """[]. After ReLU6 the grid ends where ReLU6 does at the latest, for it does the clipping."""
+        """[], as the packed file will hold it."""
         scale = self.value_scales[key(op.name)].exp()
-        if op.relu6:
-            end = float(self.caps[op.name].max()) if op.name in self.caps else 6.0
-            scale = scale.clamp(max=end / self.start.activations[op.name].highest)
+        if op.name in self.largest_scales:
+            scale = scale.clamp(max=self.largest_scales[op.name])
         return straight_through(scale, round_scale(scale))
 
     def input_scale(self, op: Op) -> Tensor:

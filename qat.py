@@ -40,7 +40,7 @@ class FineTuning:
     """What a run of fine-tuning works with: the FP32 network and its quantized form, the pictures that its checkpoint
     was trained on and chosen by, and the cells of results.csv that are known before."""
 
-    network: Network
+    teacher: Network
     model: LearnedNetwork
     train: Split
     val: Split
@@ -67,10 +67,10 @@ def first_tuning(
     if checkpoint.classes != dataset.classes:
         raise UserError(f"{path} was trained on other classes ({checkpoint.dataset}) than {dataset.name} has")
     train, val = split_as_trained(checkpoint, dataset.train)
-    network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
+    teacher = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
     images = calibration_split(train, PICTURES, seed).images
     begun = time.perf_counter()
-    network, plan = prepared(network, images, method_plan("auto", weight_bits, activation_bits)[0])
+    network, plan = prepared(teacher, images, method_plan("auto", weight_bits, activation_bits)[0])
     model = LearnedNetwork(network, quantize_network(network, images, plan))
     row = {
         "dataset": dataset.name,
@@ -84,9 +84,9 @@ def first_tuning(
         "method": "qat",
         "calib_pictures": len(images),
         "calib_seconds": time.perf_counter() - begun,
-        "test_acc_fp32": score(predictor(float_network(network), device), dataset.test, 256, device).accuracy,
+        "test_acc_fp32": score(predictor(float_network(teacher), device), dataset.test, 256, device).accuracy,
     }
-    return FineTuning(to_device(network, device), model, train, val, row)
+    return FineTuning(to_device(teacher, device), model, train, val, row)
 
 
 def start(tuning: FineTuning, recipe: Recipe, device: torch.device) -> State:

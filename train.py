@@ -102,7 +102,7 @@ class Settings:
         high=8,
         group="fine-tuning",
     )
-    qat_lr: float = option(0.001, "highest learning rate of --qat (Adam's)", low=0, group="fine-tuning")
+    qat_lr: float = option(0.002, "highest learning rate of --qat (Adam's)", low=0, group="fine-tuning")
     distill: float = option(
         1.0, "the teacher's share in the loss of --qat; the labels have the rest", low=0, high=1, group="fine-tuning"
     )
@@ -170,7 +170,7 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     state = run.state
     best = checkpoint_so_far(run)
     forward = compiled(state.model, device) if settings.compile else state.model
-    criterion = run.tuning and qat.distillation(run.tuning.network, settings.distill, recipe.label_smoothing)
+    criterion = run.tuning and qat.distillation(run.tuning.teacher, settings.distill, recipe.label_smoothing)
     with (
         open_log(log_path(settings), command(settings), state.epoch if saved else None) as log,
         signals_caught() as signals,
@@ -229,7 +229,7 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
     if settings.qat:
         bits = settings.weight_quant_bits, settings.activation_quant_bits
         tuning = qat.first_tuning(settings.checkpoint, dataset, *bits, settings.seed, device)
-        rest, val, normalization = tuning.train, tuning.val, tuning.network.normalization
+        rest, val, normalization = tuning.train, tuning.val, tuning.teacher.normalization
         state = qat.start(tuning, recipe, device)
     else:
         held_out = min(settings.val_size, len(dataset.train) // 10)

@@ -269,8 +269,10 @@ def aimet(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candid
             )
         except Exception as error:
             note = f"aimet: its ONNX export fails here ({type(error).__name__}); the size is that of its FP32 export"
-            path = work.own / name
-            sim.export(str(path), "model", picture)
+            exported = work.own / name
+            exported.mkdir(exist_ok=True)
+            sim.export(str(exported), "model", picture)
+            path = exported / "model.onnx"  # beside it lie the grids in JSON and copies of the network: not counted
         return Candidate(name, torch_predictor(sim.model), seconds, path, SIMULATED, note)
 
     schemes = {"tf_enhanced": QuantScheme.post_training_tf_enhanced, "min-max": QuantScheme.post_training_tf}

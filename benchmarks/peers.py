@@ -272,9 +272,9 @@ def peer(settings: Settings, material: Material, tool: str, bits: str) -> dict[s
 
 
 def last_line(log: Path) -> str:
-    """The last line that a failed process wrote, cut to the length of a table's cell."""
+    """The last line that a failed process wrote, cut to the length of a table's cell; paths from this folder on."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return " ".join((lines or ["it ends without a word"])[-1].split())[:160]
+    return " ".join((lines or ["it ends without a word"])[-1].split()).replace(f"{Path.cwd()}{os.sep}", "")[:160]
 
 
 def environment(folder: Path, tool: str) -> Path:

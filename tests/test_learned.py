@@ -70,6 +70,14 @@ def test_forward_is_integer_execution(weights: int, values: int | None) -> None:
     assert close.float().mean() >= 0.75
 
 
+def test_one_graph_compiles_all_of_it() -> None:
+    """A number read from a tensor on the way would split it."""
+    network, images = small_network()
+    model = LearnedNetwork(network, start_of(network, images, 2, 4))
+    explained = torch._dynamo.explain(model)(network.normalization(images))
+    assert (explained.graph_count, explained.break_reasons) == (1, [])
+
+
 def test_gradients_of_quantize_are_those_of_lsq() -> None:
     """Oracle: the plain form with a detached rounding, differentiated by autograd."""
     x = (3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))).double()
