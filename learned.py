@@ -45,12 +45,12 @@ class LearnedNetwork(nn.Module):
                 self.weight_scales[key(name)] = layer.grid.scale.log()
                 for which, end in zip(("low", "high"), code_ends(layer.grid, layer.codes.ndim), strict=True):
                     self.register_buffer(f"{which}/{key(name)}", end, persistent=False)  # moves with the parameters
-        self.value_ends: dict[str, tuple[int, int]] = {}  # lowest and highest code, zero-point taken off
+        self.value_ends: dict[str, tuple[int, ...]] = {}  # numbers: tensors would split a compiled graph
         self.largest_scales: dict[str, float] = {}
         for op in start.ops:
             if grid := start.activations.get(op.name):
                 self.value_scales[key(op.name)] = grid.scale.log()
-                self.value_ends[op.name] = -int(grid.zero_point), grid.highest - int(grid.zero_point)
+                self.value_ends[op.name] = tuple(int(end) for end in code_ends(grid, 0))
                 if op.relu6:  # the grid ends where ReLU6 does at the latest, for it does the clipping
                     end = float(network.caps[op.name].max()) if op.name in network.caps else 6.0
                     self.largest_scales[op.name] = end / grid.highest
@@ -152,7 +152,7 @@ def latent_codes(weight: Tensor, layer: Layer) -> Tensor:
 
 
 def code_ends(grid: Grid, ndim: int) -> tuple[Tensor, Tensor]:
-    """Lowest and highest code, zero-point taken off, to broadcast over a weight of `ndim` dimensions."""
+    """Lowest and highest code, zero-point taken off, to broadcast over `ndim` dimensions."""
     _, zero_point = grid.shaped(ndim)
     return -zero_point.float(), (grid.highest - zero_point).float()
 
