@@ -170,11 +170,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row of results.csv, the sizes behind it, and the packed file while it exists."""
+    """A row of results.csv, the sizes behind it, the packed file while it exists, and how long reading it took."""
 
     row: dict[str, Any]
     sizes: SizeReport
     packed: Path
+    unpack_seconds: float
 
 
 def main() -> int:
@@ -200,7 +201,7 @@ def main() -> int:
                         outcome = evaluate(one, subject, fp32, one.save_packed or Path(folder) / "packed.safetensors")
                     results.append(one.output, outcome.row)
                     report_to(tracked, one, outcome, subject)
-            bar.write(summary(outcome.row), file=sys.stdout)
+            bar.write(summary(outcome), file=sys.stdout)
     if len(points) > 1:
         import report
 
@@ -310,10 +311,9 @@ def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> O
     row = {**info["row"], "calib_seconds": calib_seconds}
     sizes = save_packed(quantized, path, info, entropy=settings.entropy)
     assert not settings.target_size_mb or sizes.total_bytes <= settings.target_size_mb * 1e6, "the file is too large"
-    network, _ = load_packed(path)
-    return Outcome(
-        {**row, **measured(settings, network, subject.test, row["test_acc_fp32"]), **size_cells(sizes)}, sizes, path
-    )
+    network, _, seconds = unpacked(path)
+    row |= measured(settings, network, subject.test, row["test_acc_fp32"]) | size_cells(sizes)
+    return Outcome(row, sizes, path, seconds)
 
 
 def described(settings: Settings, subject: Subject, fp32: Score, point: Point) -> dict[str, Any]:
@@ -402,7 +402,7 @@ def evaluate_packed(settings: Settings) -> Outcome:
         or settings.activation_quant_bits not in ((), (32,))
     ):
         raise UserError("--packed has its bits and weights in the file; leave --checkpoint and the bits away")
-    network, info = load_packed(settings.packed)
+    network, info, seconds = unpacked(settings.packed)
     try:
         known, classes, hint = dict(info["row"]), tuple(info["classes"]), info["dataset"]
         fp32 = known["test_acc_fp32"]
@@ -416,10 +416,17 @@ def evaluate_packed(settings: Settings) -> Outcome:
         {name: None for name in results.COLUMNS}
         | known
         | {"batch_size": settings.batch_size, "dataset": dataset.name, "calib_seconds": 0.0}
+        | measured(settings, network, dataset.test, fp32)
+        | size_cells(sizes)
     )
-    return Outcome(
-        {**row, **measured(settings, network, dataset.test, fp32), **size_cells(sizes)}, sizes, settings.packed
-    )
+    return Outcome(row, sizes, settings.packed, seconds)
+
+
+def unpacked(path: Path) -> tuple[QuantizedNetwork, dict[str, Any], float]:
+    """(network, info, seconds to read them: the digest checked, codes unpacked or decoded)."""
+    begun = time.perf_counter()
+    network, info = load_packed(path)
+    return network, info, time.perf_counter() - begun
 
 
 def calibration(settings: Settings, subject: Subject) -> Tensor:
@@ -484,12 +491,14 @@ def layer_bar(network: Network) -> Iterator[Callable[[str], None]]:
         yield lambda name: bar.update()
 
 
-def summary(row: dict[str, Any]) -> str:
+def summary(outcome: Outcome) -> str:
+    row = outcome.row
     bits = [row[name] or 32 for name in ("weight_quant_bits", "activation_quant_bits")]
     return (
         f"w{bits[0]}a{bits[1]}: test_acc_quantized {row['test_acc_quantized']:.2f} % (FP32 {row['test_acc_fp32']:.2f}, "
         f"drop {row['acc_drop']:.2f}), {row['model_size_mb']:.3f} MB of {row['model_size_fp32_mb']:.3f} "
-        f"({row['compression_ratio_model']:.2f}x), {row['images_per_second']:.0f} images/s"
+        f"({row['compression_ratio_model']:.2f}x), unpacked in {outcome.unpack_seconds:.2f} s, "
+        f"{row['images_per_second']:.0f} images/s"
     )
 
 

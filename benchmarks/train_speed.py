@@ -1,13 +1,15 @@
 """Training speed: this repository's step against a plain DataLoader recipe, in alternation, in one run.
 
 Ours: the pictures lie on the device, augmentation works on whole tensors, channels_last; on CUDA bfloat16, fused SGD
-and, with --compile, torch.compile with CUDA graphs. Plain: torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and
-Normalize on PIL pictures, a DataLoader with worker processes, contiguous FP32, no compile. Same network, loss and
-batch size; random pictures, since speed does not depend on what they show. On CUDA it also states a floor: the
-bytes that a step's convolutions and norms must move, over the copy bandwidth measured here.
+and, with --compile, torch.compile with CUDA graphs; on a CPU in FP32 and, with --bf16, in bfloat16 too. Plain:
+torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on PIL pictures, a DataLoader with worker
+processes, contiguous FP32, no compile. Same network, loss and batch size, and the same allocator (allocator.py);
+random pictures, since speed does not depend on what they show. On CUDA it also states a floor: the bytes that a step's
+convolutions and norms must move, over the copy bandwidth measured here.
 
 python benchmarks/train_speed.py                                         on CUDA: width 1.0, batch 128
 python benchmarks/train_speed.py --width-mult 0.35 --steps 5 --rounds 3  on a CPU: a minute
+python benchmarks/train_speed.py --steps 3 --rounds 5 --bf16             on a CPU with bfloat16 units
 """
 
 import itertools
@@ -28,6 +30,7 @@ from torch import nn
 
 import train
 import training
+from allocator import keep_freed_memory
 from cli import option, parse
 from data import Normalization, Split
 from errors import run_main
@@ -45,13 +48,14 @@ class Settings:
     workers: int | None = option(None, "worker processes of the plain recipe (default: one a core, at most 8)", low=0)
     device: str | None = option(None, "cpu, cuda or mps (default: the best there is)")
     compile: bool = option(False, "torch.compile our network")
+    bf16: bool = option(False, "ours once more with bfloat16 autocast (on CUDA it is the only one)")
 
 
-def our_steps(settings: Settings, device: torch.device) -> Callable[[], float]:
+def our_steps(settings: Settings, device: torch.device, bf16: bool) -> Callable[[], float]:
     """A function that does `steps` steps of training.train_epoch and returns images/s."""
     pictures = settings.steps * settings.batch_size
     split = random_pictures(pictures).to(device)
-    recipe = training.Recipe(epochs=10**6, batch_size=settings.batch_size, bf16=device.type == "cuda")
+    recipe = training.Recipe(epochs=10**6, batch_size=settings.batch_size, bf16=bf16)
     state = training.start(MobileNetV2(Architecture(10, settings.width_mult)), recipe, device)
     forward = train.compiled(state.model, device) if settings.compile else state.model
 
@@ -162,7 +166,11 @@ def copy_bandwidth(device: torch.device) -> float:
 def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     device = choose_device(settings.device)
-    kinds = {"ours": our_steps(settings, device), "plain": plain_steps(settings, device)}
+    keep_freed_memory()
+    kinds = {"ours": our_steps(settings, device, bf16=device.type == "cuda")}
+    if settings.bf16 and device.type != "cuda":
+        kinds["bfloat16"] = our_steps(settings, device, bf16=True)
+    kinds["plain"] = plain_steps(settings, device)
     speeds: dict[str, list[float]] = {name: [] for name in kinds}
     for steps in kinds.values():
         steps()  # warms up: worker processes, compilation, the choice of convolution algorithms
@@ -173,19 +181,17 @@ def main() -> int:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     )
     print(f"MobileNetV2 x{settings.width_mult:g}, batch {settings.batch_size}, {name}, torch {torch.__version__}")
-    print(f"{'':8}{'images/s':>10}{'lowest':>10}{'highest':>10}")
+    plain = statistics.median(speeds["plain"])
+    print(f"{'':8}{'images/s':>10}{'lowest':>10}{'highest':>10}{'to plain':>10}")
     for kind, values in speeds.items():
-        print(f"{kind:8}{statistics.median(values):10.0f}{min(values):10.0f}{max(values):10.0f}")
-    ours, plain = (statistics.median(speeds[kind]) for kind in ("ours", "plain"))
-    print(
-        f"ratio   {ours / plain:10.2f}   medians of {settings.rounds} rounds of {settings.steps} steps, in alternation"
-    )
+        median = statistics.median(values)
+        print(f"{kind:8}{median:10.0f}{min(values):10.0f}{max(values):10.0f}{median / plain:10.2f}")
+    print(f"medians of {settings.rounds} rounds of {settings.steps} steps, in alternation")
     if device.type == "cuda":
         bandwidth = copy_bandwidth(device)
         floor = bandwidth / bytes_per_picture(MobileNetV2(Architecture(10, settings.width_mult)), 2)
-        print(
-            f"floor   {floor:10.0f}   images/s at {bandwidth / 1e12:.2f} TB/s copied; ours reaches {ours / floor:.0%}"
-        )
+        share = statistics.median(speeds["ours"]) / floor
+        print(f"floor   {floor:10.0f}   images/s at {bandwidth / 1e12:.2f} TB/s copied; ours reaches {share:.0%}")
     return 0
 
 

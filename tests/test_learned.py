@@ -95,6 +95,18 @@ def test_gradients_of_quantize_are_those_of_lsq() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+def test_gradient_of_a_scale_keeps_its_digits_in_bfloat16() -> None:
+    """A sum of 100,000 terms, rounded to bfloat16 on the way or at the end, would be off by more."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(8, 16, 28, 28, generator=generator).bfloat16() for _ in range(2))
+    slopes = []
+    for dtype in (torch.bfloat16, torch.float32):
+        scale = torch.tensor(0.5, requires_grad=True)
+        Quantize.apply(x.to(dtype), scale, -2, 1).backward(grad.to(dtype))
+        slopes.append(float(scale.grad))
+    assert slopes[0] == pytest.approx(slopes[1], rel=2e-3)
+
+
 def test_gradient_of_a_weight_scale_is_the_slope() -> None:
     """The layer's output is linear in its weight scale (activations in FP32): compare with a difference."""
     network, images = small_network()
