@@ -195,11 +195,11 @@ class Quantize(torch.autograd.Function):
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a * b, [], in float32 at least; pictures [N, C, H, W] lie in channels_last."""
-    if a.dtype == torch.bfloat16:  # whose dot product rounds the sum, and is slow on a CPU
-        return (a * b).sum(dtype=torch.float32)
+    """The sum of a * b, [], without a tensor of products; pictures [N, C, H, W] lie in channels_last."""
     flat = [t.permute(0, 2, 3, 1).flatten() if t.ndim == 4 else t.flatten() for t in (a, b)]
-    return torch.dot(*flat)  # no tensor of products
+    if a.dtype == torch.bfloat16:  # its own dot product rounds products or the sum to 8 bits, and is slow on a CPU
+        flat = [t.float() for t in flat]
+    return torch.dot(*flat)
 
 
 def inputs_renamed(ops: Sequence[Op]) -> tuple[Op, ...]:
