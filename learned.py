@@ -111,7 +111,8 @@ class LearnedNetwork(nn.Module):
         return straight_through(scale, round_scale(scale))
 
     def input_scale(self, op: Op) -> Tensor:
-        name = op.inputs[0]
+        """What one step of its input stands for in the whole network; a block's own list calls that value INPUT."""
+        name = next(o for o in self.start.ops if o.name == op.name).inputs[0]
         source = next((o for o in self.start.ops if o.name == name), None)
         return torch.tensor(1 / self.start.normalization.std) if source is None else self.value_scale(source)
 

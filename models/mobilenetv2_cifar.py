@@ -34,23 +34,8 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 def conv_bn(inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """A convolution that keeps the picture's size (at stride 1) and its batch norm: [conv, norm]."""
-    kind = StridedDepthwise if stride > 1 and groups > 1 else nn.Conv2d
-    conv = kind(inp, out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+    conv = nn.Conv2d(inp, out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(out)]
-
-
-class StridedDepthwise(nn.Conv2d):
-    """Stays in float32 under a CPU's bfloat16 autocast.
-
-    oneDNN (3.12) has no fast bfloat16 gradient for these: three layers took half the time of all convolutions, and a
-    training step of batch 128 on two cores with AMX 0.94 instead of 0.73 s.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
 
 
 def conv_bn_relu6(*args: int, **kwargs: int) -> nn.Sequential:

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from models import Architecture, MobileNetV2, multiply_adds, skeleton
-from models.mobilenetv2_cifar import StridedDepthwise
 from vision import import_torchvision
 
 
@@ -62,15 +61,3 @@ def test_a_skeleton_takes_no_memory_and_no_random_numbers():
     state = torch.get_rng_state()
     assert {p.device.type for p in skeleton(Architecture()).state_dict().values()} == {"meta"}
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_strided_depthwise_is_float32_under_a_cpus_autocast():
-    ours, plain = StridedDepthwise(8, 8, 3, 2, 1, groups=8, bias=False), nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False)
-    plain.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 8, 6, 6).bfloat16()
-    plain(x.float()).square().sum().backward()
-    with torch.autocast("cpu", torch.bfloat16):
-        ours(x).square().sum().backward()
-    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
-    strided = [m for m in MobileNetV2(Architecture(10, 0.1)).modules() if isinstance(m, StridedDepthwise)]
-    assert len(strided) == 3

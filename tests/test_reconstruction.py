@@ -7,6 +7,7 @@ import torch
 from test_learned import assert_same, small_network, start_of
 
 from compression import load_packed, save_packed
+from learned import LearnedNetwork
 from network import INPUT, Network, forward
 from quantization import QuantizedNetwork, predictor
 from reconstruction import Reconstruction, blocks, divergence, float_block, reconstruct
@@ -34,6 +35,18 @@ def test_blocks_are_the_network() -> None:
         assert ops[0].inputs == (INPUT,)
         x = float_block(network, ops, x)
     torch.testing.assert_close(x, forward(network, images))
+
+
+def test_quantized_blocks_are_the_quantized_network() -> None:
+    """Biases are whole multiples of the same units, wherever a block gets its input from."""
+    network, images = small_network()
+    model = LearnedNetwork(network, start_of(network, images, 2, 2))
+    x = network.normalization(images)
+    with torch.no_grad():
+        whole = model(x)
+        for ops in blocks(network.ops):
+            x = model.run(ops, x)
+    assert torch.equal(x, whole)
 
 
 def test_no_stage_makes_its_loss_worse(done) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
 import checkpoint as checkpoints
 import data
@@ -396,6 +397,21 @@ def test_score_against_a_plain_loop():
     loss = sum(-math.log(row.softmax(0)[label]) for row, label in zip(logits, split.labels.tolist(), strict=True))
     got = score(forward, split, 10, "cpu")
     assert got.count == 23 and got.accuracy == pytest.approx(100 * right / 23) and got.loss == pytest.approx(loss / 23)
+
+
+def test_strided_depthwise_is_float32_under_a_cpus_autocast():
+    """Same gradients as without autocast; the average and the network itself stay ordinary convolutions."""
+    recipe, device = Recipe(bf16=True, ema_decay=0.9), torch.device("cpu")
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False), nn.Conv2d(8, 8, 1))
+    plain = copy.deepcopy(model[0])
+    state = training.start(model, recipe, device)
+    assert [type(m) for m in state.model] == [training.Float32Conv, nn.Conv2d]
+    x = torch.randn(2, 8, 6, 6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        state.model[0](x).square().sum().backward()
+    plain(x.float()).square().sum().backward()
+    torch.testing.assert_close(state.model[0].weight.grad, plain.weight.grad)
+    assert type(training.start(plain, Recipe(), device).model) is nn.Conv2d
 
 
 def test_no_step_waits_for_the_gpu():
