@@ -123,8 +123,18 @@ def activation_grids(network: Network, seen: Mapping[str, Observation], plan: Pl
     for op in network.ops:
         bits = plan.bits_of_value(op, network.ops)
         if bits is not None:
-            grids[op.name] = activation_grid(seen[op.name], bits, op.unsigned, plan.act_range, plan.percentile)
+            clipped = below_cap(op, seen[op.name])
+            grids[op.name] = activation_grid(clipped, bits, op.unsigned, plan.act_range, plan.percentile)
     return grids
+
+
+def below_cap(op: Op, seen: Observation) -> Observation:
+    """What was seen, its end at 6 at the most where ReLU6 made it.
+
+    Equalized channels have caps of 6 and more, each its own; the quantized network has none but its grid's end. Ending
+    at 6, the grid clips before any cap does, in calibration and in execution alike.
+    """
+    return replace(seen, high=min(seen.high, 6.0)) if op.relu6 else seen
 
 
 def plain_layer(network: Network, op: Op, plan: Plan) -> Layer:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from errors import UserError
 
 Settings = TypeVar("Settings")
+MOST_SEED = 2**31 - 1
 
 
 def option(

@@ -39,7 +39,10 @@ def normalized(model: Callable[[Tensor], Tensor], normalization: Normalization) 
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`--device`: what it says; without it CUDA, then Apple's MPS, then the CPU."""
+    """`--device`: what it says; without it CUDA, then Apple's MPS, then the CPU.
+
+    Turns TF32 off: what is reported as FP32 is FP32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):

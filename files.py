@@ -61,6 +61,11 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from None
 
 
+def same_file(one: Path | None, other: Path | None) -> bool:
+    """Whether both are given and name one place."""
+    return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
+
+
 def current_umask() -> int:
     """The process's umask (it can only be read by setting it)."""
     umask = os.umask(0o022)

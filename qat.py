@@ -29,7 +29,7 @@ from evaluation import score
 from learned import LearnedNetwork
 from network import Network, fold_batch_norm, run_float, to_device, walk
 from quantization import float_network, predictor
-from subject import split_as_trained
+from subject import split_as_trained, split_of
 from training import Recipe, State
 
 PICTURES = 512  # that calibrate the first network; fine-tuning makes more of them needless
@@ -38,12 +38,13 @@ PICTURES = 512  # that calibrate the first network; fine-tuning makes more of th
 @dataclass(frozen=True)
 class FineTuning:
     """What a run of fine-tuning works with: the FP32 network and its quantized form, the pictures that its checkpoint
-    was trained on and chosen by, and the cells of results.csv that are known before."""
+    was trained on and chosen by (split_seed drew the latter), and the cells of results.csv that are known before."""
 
     teacher: Network
     model: LearnedNetwork
     train: Split
     val: Split
+    split_seed: int
     row: Mapping[str, Any]
 
 
@@ -86,7 +87,7 @@ def first_tuning(
         "calib_seconds": time.perf_counter() - begun,
         "test_acc_fp32": score(predictor(float_network(teacher), device), dataset.test, 256, device).accuracy,
     }
-    return FineTuning(to_device(teacher, device), model, train, val, row)
+    return FineTuning(to_device(teacher, device), model, train, val, split_of(checkpoint)[1], row)
 
 
 def start(tuning: FineTuning, recipe: Recipe, device: torch.device) -> State:

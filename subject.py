@@ -4,6 +4,7 @@ Calibration sees `train` alone; choices may be made on `validation`, which the c
 is for reporting.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,21 @@ def load_data(name: str | None, data_dir: Path, hint: str, classes: tuple[str, .
 
 def split_as_trained(checkpoint: Checkpoint, train: data.Split, validation: bool = False) -> tuple[data.Split, ...]:
     """(train, validation), as train.py split them for this checkpoint; validation as in `load`."""
-    size, seed = (int(checkpoint.metrics.get(name) or 0) for name in ("val_size", "seed"))
+    size, seed = split_of(checkpoint)
+    known = checkpoint.metrics.get("val_crc32") if size else None
     if validation and not size:
         size = len(train) // 10
-    return data.stratified_split(train, min(size, len(train) - 1), seed)
+    rest, held_out = data.stratified_split(train, min(size, len(train) - 1), seed)
+    if known and data.split_checksum(held_out) != known:
+        print(
+            "note: these training pictures are not those of the checkpoint, or in another order: the pictures held out "
+            "here may have trained it",
+            file=sys.stderr,
+        )
+    return rest, held_out
+
+
+def split_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(pictures held out, seed that drew them) when the checkpoint was trained."""
+    metrics = checkpoint.metrics
+    return int(metrics.get("val_size") or 0), int(metrics.get("split_seed", metrics.get("seed")) or 0)

@@ -35,11 +35,11 @@ import subject as subjects
 import tracking
 from allocator import keep_freed_memory
 from calibration import METHODS, Plan, method_plan, quantize_network
-from cli import option, parse
+from cli import MOST_SEED, flag, option, parse
 from compression import SizeReport, load_packed, packed_sizes, save_packed
 from errors import UserError, run_main
 from evaluation import Score, choose_device, score
-from files import check_writable
+from files import check_writable, same_file
 from network import Network, value_sizes
 from quantization import ACTIVATION_RANGES, WEIGHT_RANGES, QuantizedNetwork, float_network, predictor
 from subject import Subject
@@ -134,7 +134,7 @@ class Settings:
     )
 
     batch_size: int = option(256, "pictures at once; changes the speed, never the result", low=1, group="evaluation")
-    seed: int = option(0, "of the choice of calibration pictures", low=0, group="evaluation")
+    seed: int = option(0, "of the choice of calibration pictures", low=0, high=MOST_SEED, group="evaluation")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="evaluation")
 
     output: Path = option(Path("results.csv"), "one row is added per evaluation", group="files")
@@ -182,16 +182,18 @@ def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
     points = [settings] if tracking.under_agent() else grid(settings)
-    subject, fp32 = None, None
+    subject, fp32, known = None, None, 0
     rows = results.read(settings.output)
     with tqdm(points, desc="grid", unit="point", disable=None if len(points) > 1 else True) as bar:
         for one in bar:
             if len(points) > 1:
                 subject = subject or load_subject(one)
                 if not one.again and results.has(rows, identity(one, point_of(one), subject)):
+                    known += 1
                     continue
             with tracking.run(one, "evaluation", label, one.log_wandb) as tracked:
                 one = tracked.settings
+                check_targets(one)
                 with tempfile.TemporaryDirectory() as folder:
                     if one.packed:
                         outcome = evaluate_packed(one)
@@ -205,6 +207,8 @@ def main() -> int:
     if len(points) > 1:
         import report
 
+        if known:
+            print(f"{known} of {len(points)} points are in {settings.output} already; --again measures them again")
         page = report.write_plots(report.read_results(settings.output), settings.plot)
         print(f"wrote {settings.output}, {settings.plot} and {page}")
     return 0
@@ -219,6 +223,11 @@ def grid(settings: Settings) -> list[Settings]:
     if len(pairs) > 1 and (settings.save_packed or settings.packed):
         name = "--save-packed" if settings.save_packed else "--packed"
         raise UserError(f"{name} goes with one pair of bits, not with a grid of {len(pairs)}")
+    if len(pairs) > 1:
+        if settings.plot.suffix == ".html":
+            raise UserError(f"--plot is {settings.plot}; expected a .png, the .html is written beside it")
+        for path in (settings.plot, settings.plot.with_suffix(".html")):
+            check_writable(path)
     if len(pairs) > 1 and settings.mixed:
         raise UserError(f"mixed precision goes with one pair of bits, not with a grid of {len(pairs)}")
     points = [dataclasses.replace(settings, weight_quant_bits=(w,), activation_quant_bits=(a,)) for w, a in pairs]
@@ -227,22 +236,29 @@ def grid(settings: Settings) -> list[Settings]:
     return points
 
 
+def check_targets(settings: Settings) -> None:
+    """UserError where a result could not be written, or would replace what it is made from: before the work."""
+    sources = (settings.packed, settings.checkpoint or subjects.default_checkpoint())
+    if any(same_file(settings.save_packed, source) for source in sources):
+        raise UserError(f"--save-packed is {settings.save_packed}, which is evaluated; give it another name")
+    for path in filter(None, (settings.output, settings.save_packed)):
+        check_writable(path)
+
+
 def point_of(settings: Settings) -> Point:
     """The plan of one evaluation. UserError for settings that do not go together."""
     bits = [settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,)]
     if any(len(b) > 1 for b in bits):
         raise UserError("a run of a sweep takes one number of bits, not a list: let the sweep make the grid")
     weight_bits, activation_bits = (None if b[0] == 32 else b[0] for b in bits)
-    changes = {
-        name: getattr(settings, name)
-        for name in ("weight_range", "act_range", "bias_correction", "equalize", "edge_bits")
-        if getattr(settings, name) is not None
-    }
     layers, values = exceptions(settings, weight_bits, activation_bits) if settings.mixed else ({}, {})
     if layers or settings.searched[0]:
         weight_bits = weight_bits or MIXED_BITS[0]
     if values or settings.searched[1]:
         activation_bits = activation_bits or MIXED_BITS[1]
+    names = ["weight_range", "bias_correction"] if weight_bits else []  # FP32 layers have nothing to change
+    names += ["act_range", "equalize"] if activation_bits else []
+    changes = {n: getattr(settings, n) for n in (*names, "edge_bits") if getattr(settings, n) is not None}
     plan, method = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
     plan = dataclasses.replace(plan, symmetric=settings.symmetric, layer_bits=layers, value_bits=values, **changes)
     notes = [f"{name}={value}" for name, value in changes.items()]
@@ -395,13 +411,11 @@ def with_mean_bits(point: Point, quantized: QuantizedNetwork) -> Point:
 
 def evaluate_packed(settings: Settings) -> Outcome:
     """Evaluates a packed file; what was known of the FP32 network when it was packed is in its header."""
-    if (
-        settings.checkpoint
-        or settings.mixed
-        or settings.weight_quant_bits not in ((), (32,))
-        or settings.activation_quant_bits not in ((), (32,))
-    ):
-        raise UserError("--packed has its bits and weights in the file; leave --checkpoint and the bits away")
+    for field in dataclasses.fields(settings):
+        made = field.metadata["group"] in ("quantization", "mixed precision")
+        if (made or field.name in ("checkpoint", "save_packed")) and getattr(settings, field.name) != field.default:
+            if getattr(settings, field.name) != (32,):
+                raise UserError(f"--packed has weights, bits and method in the file; leave {flag(field.name)} away")
     network, info, seconds = unpacked(settings.packed)
     try:
         known, classes, hint = dict(info["row"]), tuple(info["classes"]), info["dataset"]

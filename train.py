@@ -31,12 +31,13 @@ import tracking
 import training
 from allocator import keep_freed_memory
 from checkpoint import Checkpoint
-from cli import flag, option, parse, to_argv
+from cli import MOST_SEED, flag, option, parse, to_argv
 from errors import UserError, run_main
 from evaluation import Score, choose_device, normalized, score
-from files import check_writable
+from files import check_writable, same_file
 from interrupts import Interrupted, signals_caught
 from models import Architecture, MobileNetV2, multiply_adds, skeleton
+from subject import split_of
 from traininglog import Epoch, open_log
 
 IMAGENET = data.Normalization((124, 116, 104), 58.0)  # what torchvision's weights were trained with, rounded to pixels
@@ -82,7 +83,7 @@ class Settings:
     ema_decay: float = option(
         0.0, "evaluate and save a moving average of the weights, e.g. 0.999", low=0, high=0.99999, group="training"
     )
-    seed: int = option(0, "of weights, split, order and augmentation", low=0, group="training")
+    seed: int = option(0, "of weights, split, order and augmentation", low=0, high=MOST_SEED, group="training")
     max_minutes: float = option(
         0.0, "end after this much time on the clock; the schedule bends to it", low=0, group="training"
     )
@@ -128,12 +129,17 @@ FREE = {"data_dir", "eval_every", "max_minutes", "device", "compile", "save_path
 FREE |= {"log_wandb", "log_artifact"}
 
 
+# What only fine-tuning looks at, and what only FP32 training does: fine-tuning has its checkpoint's width and split.
+QAT_ONLY = ("weight_quant_bits", "activation_quant_bits", "qat_lr", "distill")
+FP32_ONLY = ("lr", "momentum", "weight_decay", "width_mult", "dropout", "pretrained", "val_size")
+
 FINISHED_BYTES = 10_000  # the file that stands for a finished run is smaller, one with weights is larger
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with. train, val, test lie on the device; state is what changes; digest is that of train."""
+    """What a run works with. train, val, test lie on the device; state is what changes; digest is that of train,
+    val_digest that of val; split_seed drew val."""
 
     settings: Settings
     recipe: training.Recipe
@@ -144,6 +150,8 @@ class Run:
     test: data.Split
     state: training.State
     digest: str
+    val_digest: str
+    split_seed: int
     tuning: qat.FineTuning | None = None
 
     @property
@@ -157,6 +165,7 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     Raises `Interrupted` after Ctrl-C or SIGTERM, with the state saved.
     """
     settings = dataclasses.replace(settings, dataset=settings.dataset or data.default_name(settings.data_dir))
+    check_together(settings)
     device = choose_device(settings.device)
     recipe = make_recipe(settings, device)
     for path in (settings.save_path, resume_path(settings), log_path(settings)):
@@ -180,11 +189,11 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
         if not saved:
             save_state(run)  # so that --resume knows this run from here on
         try:
-            while state.step or training.progress(state, recipe, run.steps) < 1.0:
+            while best is None or state.step or training.progress(state, recipe, run.steps) < 1.0:
                 training.train_epoch(state, run.train, recipe, run.normalization, forward, watch, criterion)
                 row = end_epoch(run, watch)
                 if row.test and (row.val is None or row.val.accuracy > state.best_accuracy):
-                    state.best_accuracy = row.val.accuracy if row.val else -1.0
+                    state.best_accuracy = row.val.accuracy if row.val else math.nan
                     best = make_checkpoint(run, row)
                     save_best(run, best)
                 print(row.line(), file=log, flush=True)
@@ -201,6 +210,18 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
 
 
 # -------------------------------------------------------------------------------------------------- before the epochs
+
+
+def check_together(settings: Settings) -> None:
+    """UserError for flags that the run would ignore, and for a --save-path that would replace its own start."""
+    if same_file(settings.checkpoint, settings.save_path):
+        raise UserError(f"--save-path is the --checkpoint {settings.checkpoint} itself; give it another name")
+    if settings.pretrained and settings.checkpoint:
+        raise UserError("--pretrained and --checkpoint both give first weights; choose one")
+    for name in FP32_ONLY if settings.qat else QAT_ONLY:
+        if getattr(settings, name) != getattr(Settings, name):
+            there = "does nothing with --qat" if settings.qat else "goes with --qat"
+            raise UserError(f"{flag(name)} {there}; leave it away" + ("" if settings.qat else ", or add --qat"))
 
 
 def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
@@ -224,17 +245,20 @@ def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
 def start(settings: Settings, recipe: training.Recipe, device: torch.device, saved: dict[str, Any] | None) -> Run:
     """Data and network before the first step, or, from `saved`, before the next one."""
     dataset = data.load(settings.dataset, settings.data_dir)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # what is reported as FP32 is FP32
-    tuning = None
+    tuning, split_seed = None, settings.seed
     if settings.qat:
         bits = settings.weight_quant_bits, settings.activation_quant_bits
         tuning = qat.first_tuning(settings.checkpoint, dataset, *bits, settings.seed, device)
         rest, val, normalization = tuning.train, tuning.val, tuning.teacher.normalization
+        split_seed = tuning.split_seed
         state = qat.start(tuning, recipe, device)
     else:
+        first = checkpoints.load(settings.checkpoint) if settings.checkpoint else None
         held_out = min(settings.val_size, len(dataset.train) // 10)
-        rest, val = data.stratified_split(dataset.train, held_out, settings.seed)
-        model, normalization = first_model(settings, dataset, rest, saved)
+        if first and first.classes == dataset.classes:  # what chose the first weights, or trained them, stays apart
+            split_seed = split_of(first)[1]
+        rest, val = data.stratified_split(dataset.train, held_out, split_seed)
+        model, normalization = first_model(settings, dataset, rest, first, saved)
         state = training.start(model, recipe, device)
     run = Run(
         settings,
@@ -243,7 +267,9 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
         normalization,
         *(split.to(device) for split in (rest, val, dataset.test)),
         state,
-        data.checksum({"images": rest.images, "labels": rest.labels}),
+        data.split_checksum(rest),
+        data.split_checksum(val),
+        split_seed,
         tuning,
     )
     if saved:
@@ -253,22 +279,21 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
 
 
 def first_model(
-    settings: Settings, dataset: data.Dataset, rest: data.Split, saved: dict[str, Any] | None
+    settings: Settings, dataset: data.Dataset, rest: data.Split, first: Checkpoint | None, saved: dict[str, Any] | None
 ) -> tuple[MobileNetV2, data.Normalization]:
-    """The network before its first step and the normalisation of its pictures: that of the weights it starts from."""
+    """The network before its first step and the normalisation of its pictures: that of the weights it starts from.
+
+    first: the --checkpoint, where one is given."""
     torch.manual_seed(settings.seed)
     model = MobileNetV2(Architecture(len(dataset.classes), settings.width_mult), settings.dropout)
     normalization = data.normalization_for(settings.dataset, rest)
     if saved and "normalization" in saved:  # the weights follow, with the rest of the state
         normal = saved["normalization"]
         return model, data.Normalization(tuple(normal["mean"]), normal["std"])
-    if settings.pretrained and settings.checkpoint:
-        raise UserError("--pretrained and --checkpoint both give first weights; choose one")
     if settings.pretrained:
         model.load_state_dict(checkpoints.pretrained_state(model))
         normalization = IMAGENET
-    if settings.checkpoint:
-        first = checkpoints.load(settings.checkpoint)
+    if first:
         state, normalization = first.state, first.normalization
         if first.classes != dataset.classes:
             print(f"{settings.checkpoint} knows other classes ({first.dataset}); the classifier starts anew")
@@ -345,7 +370,7 @@ def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
         kept = f"{settings.save_path} is as it was before" if settings.save_path.exists() else "no checkpoint was saved"
         raise UserError(
             f"training diverged in epoch {state.epoch + 1} (loss {loss}), {kept}; "
-            f"try a lower --lr than {recipe.lr:g} or a longer --warmup-epochs"
+            f"try a lower {'--qat-lr' if settings.qat else '--lr'} than {recipe.lr:g} or a longer --warmup-epochs"
         )
     scores: tuple[Score | None, ...] = (None, None)
     if (state.epoch + 1) % settings.eval_every == 0 or training.progress(state, recipe, run.steps) >= 1.0:
@@ -373,7 +398,9 @@ def make_checkpoint(run: Run, row: Epoch) -> Checkpoint:
         "val_acc": row.val.accuracy if row.val else None,
         "test_acc": row.test.accuracy,
         "seed": settings.seed,
+        "split_seed": run.split_seed,
         "val_size": len(run.val),
+        "val_crc32": run.val_digest,
         "minutes": round(state.seconds / 60, 1),
         "command": command(settings),
     }

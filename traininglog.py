@@ -40,14 +40,18 @@ def open_log(path: Path, command: str, after: int | None) -> Iterator[TextIO]:
     """
     title = f"# {command}"
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
+        old = path.read_text() if path.exists() else ""
+        lines = old.splitlines()
         if after is not None and title in lines:
             start = len(lines) - lines[::-1].index(title)
-            lines = lines[:start] + [line for line in lines[start:] if not is_after(line, after)]
+            kept = lines[:start] + [line for line in lines[start:] if not is_after(line, after)]
+            if kept != lines:  # otherwise the file stays: another run may be writing to it
+                write_bytes(path, ("\n".join(kept) + "\n").encode())
+            file = open(path, "a")
         else:
-            lines += [title, COLUMNS]
-        write_bytes(path, ("\n".join(lines) + "\n").encode())
-        file = open(path, "a")
+            file = open(path, "a")
+            file.write("\n" * bool(old and not old.endswith("\n")) + f"{title}\n{COLUMNS}\n")
+            file.flush()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use the log {path} ({error}); choose another --log-file") from None
     with file:

@@ -27,6 +27,7 @@ from calibration import Plan, method_plan, quantize_network
 from checkpoint import DEFAULT_CHECKPOINT
 from cli import option, parse
 from errors import UserError, run_main
+from files import check_writable
 from quantization import QuantizedNetwork, float_network, predictor
 from reconstruction import divergence
 from subject import load
@@ -42,7 +43,9 @@ VARIANTS = {
     "cd+bc+eq": dict(**CD, equalize=True),
     "cd+bc+eq+edge": dict(**CD, equalize=True, edge_bits=8),
 }
-COLUMNS = ("split", "weight_bits", "activation_bits", "method", "seed", "pictures", "accuracy", "fp32", "kl", "seconds")
+POINT = ("checkpoint_hash", "split", "weight_bits", "activation_bits", "method", "seed", "calib_pictures", "pictures")
+COLUMNS = (*POINT, "accuracy", "fp32", "kl", "seconds")
+BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Settings:
     data_dir: Path = option(Path("data"), "folder of the data set")
     split: str = option("val", "pictures that are evaluated", choices=("val", "test"))
     limit: int = option(0, "evaluate only so many of them; 0: all", low=0)
-    weight_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the weights; 32: FP32", low=2, high=32)
-    act_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the activations", low=2, high=32)
+    weight_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the weights; 32: FP32", choices=BITS)
+    act_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the activations; 32: FP32", choices=BITS)
     methods: tuple[str, ...] = option(("plain", "auto"), f"plain, auto, reconstruct, {', '.join(VARIANTS)}")
     seeds: tuple[int, ...] = option((0,), "of the calibration pictures", low=0)
     calib_pictures: int = option(1024, "training pictures for calibration", low=32)
@@ -72,16 +75,23 @@ def plan_of(method: str, weight_bits: int | None, activation_bits: int | None) -
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    """The rows of an earlier run; UserError for a file of other columns, which is not gone on with."""
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    if rows and tuple(rows[0]) != COLUMNS:
+        raise UserError(f"--output {path} has other columns than this program's; give another file")
+    return rows
 
 
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
+    check_writable(settings.output)
+    for method in settings.methods:
+        plan_of(method, 8, 8)  # a name that is none is told before the first measurement
+    rows = read_rows(settings.output)
     subject = load(settings.checkpoint, settings.dataset, settings.data_dir)
     network, split = subject.network, {"val": subject.validation, "test": subject.test}[settings.split]
     split = data.calibration_split(split, settings.limit, seed=0) if settings.limit else split  # of all classes
-    rows = read_rows(settings.output)
     exact = logits_of(float_network(network), split)
     fp32 = accuracy(exact, split)
     print(f"FP32 on {len(split)} {settings.split} pictures: {fp32:.2f} %", flush=True)
@@ -89,8 +99,9 @@ def main() -> None:
         for act_bits in settings.act_bits:
             for method in settings.methods:
                 for seed in settings.seeds:
-                    cells = (settings.split, weight_bits, act_bits, method, seed, len(split))
-                    point = dict(zip(COLUMNS[:6], map(str, cells), strict=True))
+                    cells = (subject.hash, settings.split, weight_bits, act_bits, method, seed)
+                    cells += (settings.calib_pictures, len(split))
+                    point = dict(zip(POINT, map(str, cells), strict=True))
                     if any(all(row[k] == v for k, v in point.items()) for row in rows):
                         continue
                     bits = (None if b == 32 else b for b in (weight_bits, act_bits))
@@ -114,7 +125,9 @@ def main() -> None:
                         f"(drop {fp32 - reached:.2f}, KL {kl:.4f}, {seconds:.0f} s)",
                         flush=True,
                     )
-    print(table([row for row in rows if row["split"] == settings.split and row["pictures"] == str(len(split))]))
+    alike = (subject.hash, settings.split, str(settings.calib_pictures), str(len(split)))
+    names = ("checkpoint_hash", "split", "calib_pictures", "pictures")
+    print(table([row for row in rows if tuple(row[name] for name in names) == alike]))
 
 
 def logits_of(network: QuantizedNetwork, split: data.Split) -> Tensor:

@@ -53,6 +53,17 @@ def test_every_method_keeps_the_promised_bits(case, method):
     assert all(torch.equal(layer.bias, layer.bias.half().float()) for layer in quantized.layers.values())
 
 
+@pytest.mark.parametrize(("bits", "range_"), [(8, "minmax"), (4, "mse")])
+def test_grids_of_equalized_channels_end_where_relu6_does(case, bits, range_):
+    """Above 6 execution would let through what calibration clips."""
+    network, calibration, _, _ = case
+    louder = dataclasses.replace(network, biases={n: b + 5 for n, b in network.biases.items()})
+    plan = Plan(None, bits, act_range=range_, equalize=True)
+    grids = quantize_network(louder, calibration[:16], plan).activations
+    ends = [float(grids[op.name].scale) * grids[op.name].highest for op in network.ops if op.relu6]
+    assert max(ends) == pytest.approx(6, rel=2**-10)
+
+
 def test_exceptions_to_the_bits(case):
     network, calibration, _, _ = case
     first, last = network.ops[0].name, network.ops[-1].name

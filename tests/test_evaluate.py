@@ -76,7 +76,7 @@ def test_a_grid_goes_on_where_it_stopped(call, program, monkeypatch):
     monkeypatch.setattr(program, "evaluate", interrupted)
     assert call(*grid)[0] == 130
     assert len(results.read(Path("results.csv"))) == 2
-    assert call(*grid)[0] == 0
+    assert "2 of 4 points are in results.csv already" in call(*grid)[1]
     assert len(calls) == 3 + 2
     rows = results.read(Path("results.csv"))
     bits = {(r["weight_quant_bits"], r["activation_quant_bits"]) for r in rows}
@@ -140,12 +140,30 @@ def test_mixed_precision_keeps_its_promise_and_comes_back(call, flags, column, m
         (["--bits-file", "c.safetensors"], "--bits-file"),
         (["--bits-file", "b.yaml", "--weight-bits", "4,3"], "grid"),
         (["--bits-file", "b.yaml", "--packed", "p"], "--packed"),
+        (["--packed", "p", "--entropy"], "--entropy"),
+        (["--save-packed", "c.safetensors", "--weight-bits", "4"], "--save-packed"),
+        (["--save-packed", ".", "--weight-bits", "4"], "cannot write ."),
+        (["--weight-bits", "4,2", "--plot", "p.html"], "--plot"),
+        (["--seed", "99999999999999999999"], "--seed"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(call, flags, words):
-    code, _, err = call(*flags)
+    code, _, err = call(*flags, checkpoint="--packed" not in flags)
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1
     assert not Path("results.csv").exists()
+
+
+def test_targets_are_checked_before_the_work(call, program, monkeypatch):
+    monkeypatch.setattr(program, "evaluate", lambda *_: pytest.fail("worked first"))
+    Path("file").write_text("")
+    for flags in (["--output", "file/r.csv"], ["--save-packed", "file/p"]):
+        code, _, err = call("--weight-bits", "4", *flags)
+        assert code == 2 and flags[1] in err
+
+
+def test_the_method_names_only_what_it_changed(program):
+    settings = program.Settings(activation_quant_bits=(4,), bias_correction=True, equalize=True)
+    assert program.point_of(settings).method == "auto+equalize=True"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

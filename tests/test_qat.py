@@ -44,7 +44,7 @@ def test_training_at_two_bits_lowers_the_loss() -> None:
     network, images = small_network()
     labels = forward(network, images).argmax(1)
     model = LearnedNetwork(network, start_of(network, images, 2, 2))
-    tuning = qat.FineTuning(network, model, data.Split(images, labels), data.Split(images[:0], labels[:0]), {})
+    tuning = qat.FineTuning(network, model, data.Split(images, labels), data.Split(images[:0], labels[:0]), 0, {})
     state = qat.start(tuning, RECIPE, torch.device("cpu"))
     criterion = qat.distillation(network, 1.0, 0.0)
     losses = []
@@ -121,6 +121,27 @@ def test_bad_input_is_one_line(change: dict, says: str, pictures: Path, tmp_path
         words[i : i + 2] = [] if value is None else [name, value]
     code, _, err = run_main(train, *words)
     assert code == 2 and says in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--qat", "--weight-bits", "4", "--lr", "0.5"], "--lr does nothing with --qat"),
+        (["--weight-bits", "4"], "--weight-quant-bits goes with --qat"),
+        (["--save-path", "{checkpoint}"], "--save-path is the --checkpoint"),
+        (["--qat", "--weight-bits", "4", "--save-path", "{checkpoint}"], "--save-path is the --checkpoint"),
+        (["--seed", "100000000000000"], "--seed"),
+    ],
+)
+def test_nothing_is_ignored_and_no_start_is_replaced(
+    flags: list, says: str, fp32: Path, pictures: Path, tmp_path: Path, run_main
+) -> None:
+    before = fp32.read_bytes()
+    words = [word.format(checkpoint=fp32) for word in flags]
+    words = ["--checkpoint", fp32, "--data-dir", pictures, "--save-path", tmp_path / "q", *words]
+    code, _, err = run_main(train, *words)
+    assert code == 2 and says in err and err.strip().count("\n") == 0
+    assert fp32.read_bytes() == before and not (tmp_path / "q").exists()
 
 
 def test_another_data_set_is_refused(pictures: Path, tmp_path: Path, run_main) -> None:

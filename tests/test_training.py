@@ -26,6 +26,7 @@ from errors import UserError
 from evaluation import choose_device, normalized, score
 from interrupts import Interrupted
 from models import Architecture, MobileNetV2
+from subject import split_as_trained
 from training import Recipe
 from traininglog import Epoch, open_log
 
@@ -465,6 +466,34 @@ def test_measuring_costs_changes_nothing():
     assert pace.size_costs(model, (32,), 16) == (1.0,)
 
 
+def test_a_run_that_is_over_gives_back_its_checkpoint_without_validation(pictures, tmp_path):
+    """Killed after the last state was saved, before the note that the run is finished."""
+    one = settings(pictures, tmp_path, val_size=0, epochs=1)
+    saved = tmp_path / "net.safetensors.resume"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_finished", lambda _: None)
+        made = train.train(one)
+    assert saved.stat().st_size > train.FINISHED_BYTES
+    again = train.train(dataclasses.replace(one, resume=True))
+    assert again.metrics == made.metrics
+
+
+def test_weights_that_go_on_keep_their_held_out_pictures_apart(pictures, tmp_path, capsys):
+    first = train.train(settings(pictures, tmp_path, epochs=1, seed=3))
+    (tmp_path / "b").mkdir()
+    second = train.train(
+        settings(pictures, tmp_path / "b", epochs=1, seed=4, checkpoint=tmp_path / "net.safetensors")
+    )
+    assert first.metrics["val_crc32"] == second.metrics["val_crc32"] and second.metrics["split_seed"] == 3
+    everything = data.load("folder", pictures).train
+    for made in (first, second):
+        rest, held_out = split_as_trained(made, everything)
+        assert data.split_checksum(held_out) == made.metrics["val_crc32"]
+    assert "another order" not in capsys.readouterr().err
+    split_as_trained(first, everything[torch.arange(len(everything) - 1, -1, -1)])
+    assert "another order" in capsys.readouterr().err
+
+
 def test_the_log_keeps_other_runs_and_cuts_only_its_own(tmp_path):
     path = tmp_path / "log.txt"
     for command in ("a", "b"):
@@ -472,6 +501,13 @@ def test_the_log_keeps_other_runs_and_cuts_only_its_own(tmp_path):
             log.write("1 x\n2 x\n10 x\n")
     with open_log(path, "b", 1) as log:
         log.write("2 new\n")
+    with open_log(path, "c", None) as other, open_log(path, "c2", None) as another:  # both runs' lines stay
+        other.write("1 c\n")
+        other.flush()
+        another.write("1 c2\n")
+    text = path.read_text()
+    assert "1 c\n" in text and text.endswith("1 c2\n")
+    path.write_text(text[: text.index("# c\n")])
     columns = "epoch lr train_loss train_acc val_loss val_acc test_loss test_acc images_per_second"
     lines = path.read_text().splitlines()
     assert lines == ["# a", columns, "1 x", "2 x", "10 x", "# b", columns, "1 x", "2 new"]
