@@ -6,6 +6,7 @@ Choosing a grid (`weight_grid`, `activation_grid`) is apart from applying it (`q
 
 `integer_forward` runs a quantized network on the codes themselves, held in float32: sums of products of integers are
 exact there below 2^24, so the result is that of int32 hardware, to the last code, whatever the batch size or device.
+(A layer whose sums may be larger, as in wide networks at 8 bits, runs in float64: exact below 2^53.)
 Scales and biases are rounded to float16 when a grid is made, before anything is evaluated: what is evaluated is what is
 packed. No quantization API of torch is used.
 """
@@ -25,6 +26,7 @@ SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; channels below it are 
 # On a CPU pictures go through in parts, in evaluation and in calibration, whose activations stay in the cache: two to
 # four times as fast as 256 at once.
 CACHE_PICTURES = 32
+EXACT = 2**24  # float32 holds all integers below
 WEIGHT_RANGES = ("minmax", "mse")
 ACTIVATION_RANGES = ("minmax", "percentile", "mse")
 
@@ -222,6 +224,7 @@ class Step:
     """One prepared operation on values u that stand for scale * u. weight, bias: of the integer sums, or real ones.
 
     multiplier: [1, out, 1, 1] or [1, out] or a number per input; low, high: the output's ends, None for no grid.
+    largest: a bound on every partial sum, where they are sums of integers; from EXACT up weight and bias are float64.
     """
 
     op: Op
@@ -230,6 +233,7 @@ class Step:
     multiplier: Tensor | tuple[float, ...] | None = None
     low: float | None = None
     high: float | None = None
+    largest: float = 0.0
 
 
 def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> list[Step]:
@@ -238,18 +242,22 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
     A quantized value u is q - zero_point, an integer; an FP32 value is itself with scale 1.
     """
     scales = {INPUT: 1.0 / network.normalization.std}
+    mean = network.normalization.mean
+    highest = {INPUT: float(max(255 - min(mean), max(mean)))}  # of the integers that a value holds
     steps = []
     for op in network.ops:
         grid = network.activations.get(op.name)
         out = float(grid.scale) if grid else 1.0
         scales[op.name] = out
         ends = (-float(grid.zero_point), float(grid.highest - grid.zero_point)) if grid else (None, None)
+        if grid:
+            highest[op.name] = max(-ends[0], ends[1])
         inputs = [scales[name] for name in op.inputs]
         if not op.has_weight:
             steps.append(Step(op, multiplier=tuple(s / out for s in inputs), low=ends[0], high=ends[1]))
             continue
         layer = network.layers[op.name]
-        weight, bias, factor = layer.weight.double(), layer.bias.double(), None
+        weight, bias, factor, largest = layer.weight.double(), layer.bias.double(), None, 0.0
         integer = bool(network.activations)
         if integer:
             layer_scale = layer.grid.scale.double() if layer.grid else torch.ones((), dtype=torch.float64)
@@ -258,12 +266,15 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
             bias = bias / (layer_scale * inputs[0])
             if layer.grid:  # exact integers
                 weight, bias = weight.round(), bias.round()
+                most = highest.get(op.inputs[0], 0.0)  # 0: real numbers
+                largest = float((weight.abs().flatten(1).sum(1) * most + bias.abs()).max())
             factor = (layer_scale * inputs[0] / out).float().view(1, -1, *(1,) * (weight.ndim - 2)).to(device)
         else:
             weight = weight * inputs[0]
         layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-        weight = weight.float().to(device).contiguous(memory_format=layout)
-        steps.append(Step(op, weight, bias.float().to(device), factor, *ends))
+        kind = torch.float32 if largest < EXACT else torch.float64
+        weight = weight.to(device, kind).contiguous(memory_format=layout)
+        steps.append(Step(op, weight, bias.to(device, kind), factor, *ends, largest))
     return steps
 
 
@@ -275,10 +286,11 @@ def run_step(step: Step, inputs: Sequence[Tensor]) -> Tensor:
     elif op.kind == "pool":
         y = inputs[0].sum((2, 3)).mul_(step.multiplier[0] / (inputs[0].shape[2] * inputs[0].shape[3]))
     else:
+        x = inputs[0].to(step.weight.dtype)
         if op.kind == "conv":
-            y = F.conv2d(inputs[0], step.weight, step.bias, op.stride, op.padding, groups=op.groups)
+            y = F.conv2d(x, step.weight, step.bias, op.stride, op.padding, groups=op.groups).float()
         else:
-            y = F.linear(inputs[0], step.weight, step.bias)
+            y = F.linear(x, step.weight, step.bias).float()
         if step.multiplier is not None:
             y.mul_(step.multiplier)
     if step.low is not None:
@@ -307,17 +319,8 @@ def predictor(network: QuantizedNetwork, device: torch.device | str = "cpu") -> 
 
 
 def largest_sum(network: QuantizedNetwork) -> float:
-    """A bound on every partial sum of the integer convolutions: below 2^24, float32 sums are exact."""
-    steps, worst = prepare(network), 0.0
-    highest = {INPUT: 255.0 - min(network.normalization.mean)}
-    highest[INPUT] = max(highest[INPUT], max(network.normalization.mean))
-    for step in steps:
-        if step.op.has_weight and network.layers[step.op.name].grid is not None and network.activations:
-            sums = step.weight.abs().flatten(1).sum(1) * highest[step.op.inputs[0]] + step.bias.abs()
-            worst = max(worst, float(sums.max()))
-        if step.low is not None:
-            highest[step.op.name] = max(-step.low, step.high)
-    return worst
+    """A bound on every partial sum of the integer convolutions: below EXACT, float32 sums are exact."""
+    return max(step.largest for step in prepare(network))
 
 
 def fake_forward(network: QuantizedNetwork, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from networks import random_model
 import quantization as q
 from calibration import Plan, quantize_network
 from data import Normalization
-from network import INPUT, fold_batch_norm, forward
+from network import INPUT, Op, fold_batch_norm, forward
 
 
 @settings(max_examples=60, deadline=None)
@@ -149,6 +149,24 @@ def test_evaluation_is_integer_arithmetic(weight_bits, activation_bits, per_chan
     assert q.largest_sum(quantized) < 2**24
     logits = q.predictor(quantized)(images[:3]).numpy()
     np.testing.assert_array_equal(logits, integer_logits(quantized, images[:3]))
+
+
+def test_layers_with_larger_sums_run_in_float64(monkeypatch):
+    """Oracle: the same network in float32, which holds its sums; and a layer whose sums it does not hold, in numpy."""
+    _, quantized, images = quantized_network(8, 8)
+    logits = q.predictor(quantized)(images[:3])
+    monkeypatch.setattr(q, "EXACT", q.largest_sum(quantized) / 2)
+    kinds = {step.weight.dtype for step in q.prepare(quantized) if step.weight is not None}
+    assert kinds == {torch.float32, torch.float64}
+    assert torch.equal(q.predictor(quantized)(images[:3]), logits)
+
+    generator = np.random.default_rng(0)
+    weight, x = (generator.integers(200, 255, (5, 3001)) for _ in range(2))
+    op = Op("l", "linear", (INPUT,))
+    sums = (x @ weight.T).astype(np.float32)
+    for kind in (torch.float64, torch.float32):
+        made = q.run_step(q.Step(op, torch.tensor(weight, dtype=kind)), [torch.tensor(x, dtype=torch.float32)])
+        assert np.array_equal(made.numpy(), sums) == (kind == torch.float64)
 
 
 def test_batch_size_changes_no_bit():
