@@ -167,9 +167,14 @@ def seed_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    """The points of `grid` (column → values; None is 32 bits) that have no row, one row each, in grid order."""
+    """The points of `grid` (column → values; None is 32 bits) that have no row, one row each, in grid order.
+
+    Of an empty grid none is missing.
+    """
     import pandas as pd
 
+    if not grid:
+        return pd.DataFrame()
     columns = [[plain(value, name) for value in frame[name]] for name in grid] if len(frame) else []
     there = set(zip(*columns, strict=True))
     points = itertools.product(*grid.values())
@@ -198,8 +203,8 @@ def size_table(sizes: SizeReport) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class SweepResults:
     """A sweep read back: frame, one row a grid point (its latest finished run, with run_id, run_name and created_at);
-    grid: parameter → values, of those with more than one value; states: run state → count; sizes: rows of the size
-    table by weight bits, each from one run."""
+    grid: parameter → values, of those with more than one value, {} where the sweep need not run all of them;
+    states: run state → count; sizes: rows of the size table by weight bits, each from one run."""
 
     path: str
     name: str
@@ -233,14 +238,19 @@ def fetch_sweep(
 ) -> SweepResults:
     """A sweep (its id, or entity/project/id) through `wandb.Api()`; without one, the latest sweep.
 
-    With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a sweep that has ended is read
-    from it the next time, with or without a server.
+    With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a sweep that has ended without a
+    missing point is read from it the next time, with or without a server. One that misses points may have been resumed:
+    it is asked for anew, and read from the cache only where no server answers.
     """
     if sweep and sweep.count("/") == 2:
         entity, project, sweep = sweep.split("/")
     kept = read_cache(cache, sweep) if cache and sweep else None
-    if kept is None or not ended(kept):
-        kept = tracking.read_sweep(entity, project, sweep, SIZE_TABLE, WEIGHTS)
+    if kept is None or not ended(kept) or len(sweep_results(kept).missing):
+        try:
+            kept = tracking.read_sweep(entity, project, sweep, SIZE_TABLE, WEIGHTS)
+        except UserError:
+            if kept is None or not ended(kept):
+                raise
         if cache:
             text = json.dumps(kept, indent=1, default=str)
             write_bytes(Path(cache) / f"sweep-{kept['path'].replace('/', '-')}.json", text.encode())
@@ -265,7 +275,7 @@ def read_cache(folder: Path, sweep: str) -> dict[str, Any] | None:
 
 def sweep_results(read: Mapping[str, Any]) -> SweepResults:
     """Makes tables of what `tracking.read_sweep` returned."""
-    grid = sweep_grid(read["config"])
+    axes, whole = sweep_grid(read["config"]), read["config"].get("method") == "grid"
     finished = [run for run in read["runs"] if run["state"] == "finished"]
     about = [{"run_id": run["id"], "run_name": run["name"], "created_at": run["created_at"]} for run in finished]
     rows = [{**run["config"], **run["summary"], **extra} for run, extra in zip(finished, about, strict=True)]
@@ -274,8 +284,9 @@ def sweep_results(read: Mapping[str, Any]) -> SweepResults:
         states[run["state"]] = states.get(run["state"], 0) + 1
     sizes = {float(bits): table for bits, table in read["tables"].items()}  # mixed precision has a mean, such as 3.27
     frame = to_frame(rows)
-    if read["config"].get("method") == "grid":  # elsewhere every run is a point of its own
-        frame = latest(frame, [name for name in grid if name in frame] or list(BITS))
+    if whole:  # elsewhere every run is a point of its own
+        frame = latest(frame, [name for name in axes if name in frame] or list(BITS))
+    grid = axes if whole and not read["config"].get("run_cap") else {}
     return SweepResults(read["path"], read["name"], read["state"], read["url"], grid, states, frame, sizes)
 
 
@@ -342,7 +353,9 @@ def number_axis(label: str, values: pd.Series, log: bool = False, unit: str = ""
 
 
 def linear_ticks(low: float, high: float, most: int = 9) -> list[float]:
-    """At most `most` round numbers at equal steps within [low, high]."""
+    """At most `most` round numbers at equal steps within [low, high]; [low] where that is one place."""
+    if not high > low:
+        return [low]
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(m for m in (1, 2, 2.5, 5, 10, 20) if (high - low) / (step * m) <= most - 1)
     first = math.ceil(low / step - 1e-9)

@@ -57,11 +57,16 @@ def embedded_server(folder: Path, port: int) -> dict[str, str]:
     ask = python("sweepserver", "env", "--data-dir", str(folder.resolve()))
     answer = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
     if answer.returncode:
-        folder.mkdir(parents=True, exist_ok=True)
         log_path = folder / "server.log"
         command = python("sweepserver", "--data-dir", str(folder.resolve()), "--port", str(port))
-        with open(log_path, "w") as log:
-            server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(log_path, "w") as log:  # without its stdout, which tells the key
+                server = subprocess.Popen(
+                    command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+                )
+        except OSError as error:
+            raise UserError(f"--server-dir {folder}: cannot write there ({error.strerror})") from None
         for _ in range(60):
             answer = subprocess.run([*ask, "--wait", "1"], cwd=ROOT, capture_output=True, text=True)
             if answer.returncode == 0 or server.poll() is not None:
@@ -89,8 +94,18 @@ def configured(config: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
         sweep = yaml.safe_load(config.read_text())
         fixed = {name: {"value": tracking.simple(value)} for name, value in parameters.items() if value is not None}
         return {**sweep, "parameters": {**sweep["parameters"], **fixed}}
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:  # ValueError: a file that is no text
         raise UserError(f"--config {config} is not a sweep ({str(error).splitlines()[0]}); see sweeps/") from None
+
+
+def shared_parameters(settings: Settings) -> dict[str, Any]:
+    """What all runs get. The agents run in ROOT: paths that were given relative to another folder become absolute."""
+    if settings.checkpoint and not settings.checkpoint.is_file():
+        raise UserError(f"--checkpoint {settings.checkpoint} does not exist; give one that train.py wrote")
+    paths = {"data_dir": settings.data_dir, "checkpoint": settings.checkpoint}
+    if Path.cwd() != ROOT:
+        paths = {name: path and path.resolve() for name, path in paths.items()}
+    return {"dataset": settings.dataset, **paths}
 
 
 def create(sweep: Mapping[str, Any], folder: Path) -> str:
@@ -162,12 +177,11 @@ def execute_notebook(path: str, cache: Path, folder: Path) -> Path:
 
 def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
+    sweep = configured(settings.config, shared_parameters(settings))  # before a server is started for nothing
     if settings.server:
         for name in ("WANDB_ENTITY", "WANDB_MODE"):  # of another server
             os.environ.pop(name, None)
         os.environ.update(embedded_server(settings.server_dir, settings.port))
-    shared = {name: getattr(settings, name) for name in ("dataset", "data_dir", "checkpoint")}
-    sweep = configured(settings.config, shared)
     path = create(sweep, settings.output)
     folder = settings.output / path.rsplit("/", 1)[-1]
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,8 +197,9 @@ def main() -> int:
     print(f"tables, plots, agents' logs: {folder}")
     if settings.notebook and len(results.frame):
         print(f"notebook: {execute_notebook(path, settings.output, folder)}")
-    if len(results.missing):
-        print(f"error: {len(results.missing)} points are missing; see the agents' logs", file=sys.stderr)
+    if len(results.missing) or not results.states.get("finished"):
+        what = f"{len(results.missing)} points are missing" if len(results.missing) else "no run finished"
+        print(f"error: {what}; see the agents' logs", file=sys.stderr)
         return 1
     return 0
 

@@ -39,7 +39,7 @@ def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) -
     """
     command = [sys.executable, "-m", "sweepserver", "--data-dir", str(folder), "--port", str(port), *flags]
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
     log = Path(folder) / "server.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out,

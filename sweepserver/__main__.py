@@ -16,14 +16,17 @@ import time
 import urllib.request
 from pathlib import Path
 
+from cli import OneLineParser
 from errors import UserError, run_main
 
 from . import read_ready
 
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # a server of ours is behind no proxy
+
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m sweepserver", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("python -m sweepserver", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="serve", choices=["serve", "env", "link"])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=8085, help="port; 0 takes a free one (default %(default)s)")
@@ -40,8 +43,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
                         help="env and link: how long to wait for the server to come up")
     args = parser.parse_args(argv)
-    if args.retries < 0 or args.agent_timeout <= 0 or args.stop_grace < 0 or args.max_upload_mb < 1:
-        parser.error("--retries and --stop-grace take 0 or more, --agent-timeout and --max-upload-mb more than 0")
+    if not (args.retries >= 0 and args.agent_timeout > 0 and args.stop_grace >= 0 and args.max_upload_mb > 0
+            and args.wait >= 0):  # so written, it refuses nan too
+        parser.error("--retries, --stop-grace and --wait take 0 or more, --agent-timeout and --max-upload-mb more "
+                     "than 0")
     return args
 
 
@@ -61,7 +66,7 @@ def ask(args: argparse.Namespace) -> None:
         print(f"export WANDB_BASE_URL={ready['url']}\nexport WANDB_API_KEY={ready['key']}")
         return
     request = urllib.request.Request(ready["url"] + "/link", method="POST", headers={"Authorization": _basic(ready)})
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with _open(request, timeout=10) as answer:
         print(json.load(answer)["url"])
 
 
@@ -147,7 +152,7 @@ def _answering(folder: Path) -> dict | None:
         return None
     try:
         os.kill(ready["pid"], 0)  # of a server that was killed, the file is still there
-        with urllib.request.urlopen(ready["url"] + "/healthz", timeout=2):
+        with _open(ready["url"] + "/healthz", timeout=2):
             return ready
     except OSError:
         return None

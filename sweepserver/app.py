@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import secrets
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, quote
@@ -43,6 +44,10 @@ CSP = ("default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'u
        "blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")  # plotly's WebGL: eval
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Content-Security-Policy": CSP}
 _OPEN = re.compile(r"(PUT|POST) /upload/[^/]+|(GET|HEAD) (/download/[^/]+|/static/.*|/login|/healthz)|POST /login")
+
+# What parts of another shape than the client's raise: also numbers and values that SQLite has no place for.
+_MISSHAPEN = (AttributeError, TypeError, ValueError, LookupError, OverflowError, RecursionError,
+              sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Server:
     def file_stream(self, entity: str, project: str, name: str, body: bytes) -> tuple[int, dict]:
         try:
             asked = json.loads(body or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return 400, {"error": "the body is no JSON"}
         found = self.runs.project(entity, project)
         run = found and self.runs.get(found["id"], name)
@@ -128,7 +133,7 @@ class Server:
             return 404, {"error": "run not found"}
         try:
             self._streamed(run, asked)
-        except (AttributeError, TypeError, ValueError) as error:  # parts of another shape than the client's
+        except _MISSHAPEN as error:
             return 400, {"error": f"the body is no file stream: {error}"}
         return 200, {"stopped": bool(run["stop_at"]), "exitcode": None, "limits": {}}
 
@@ -228,8 +233,8 @@ def build(settings: Settings) -> Starlette:
             if scope["type"] != "http":
                 return await self.app(scope, receive, send)
             request = Request(scope, receive)
-            if not (_OPEN.fullmatch(f"{request.method} {request.url.path}") or server.has_key(request)
-                    or server.has_cookie(request)):
+            asked = f"{scope['method']} {scope['path']}"  # request.url holds what the client wrote in its Host header
+            if not (_OPEN.fullmatch(asked) or server.has_key(request) or server.has_cookie(request)):
                 return await _denied(server, request)(scope, receive, send)
             try:
                 await self.app(scope, receive, send)
@@ -324,7 +329,7 @@ def _send(server: Server, row) -> Response:
 
 def _denied(server: Server, request: Request) -> Response:
     if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
-        return HTMLResponse(server.pages.login(request.url.path), 401, headers=HEADERS)
+        return HTMLResponse(server.pages.login(request.scope["path"]), 401, headers=HEADERS)
     message = "wrong or missing API key: set WANDB_API_KEY to the one that sweepserver printed"
     return JSONResponse({"errors": [{"message": message}], "error": message}, 401,
                         headers={"WWW-Authenticate": 'Basic realm="sweepserver"'})

@@ -5,10 +5,12 @@ any sweep. A sweep of bit widths gets this project's own figures from report.py,
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
 
+log = logging.getLogger("sweepserver")
 SIZE = ("model_size_mb", "packed_bytes", "model_size", "size_mb", "num_params", "n_params", "flops", "macs")
 ROWS = ("weight_quant_bits", "weight_bits")
 COLUMNS = ("activation_quant_bits", "activation_bits", "act_bits")
@@ -31,13 +33,17 @@ def reported(rows: Sequence[dict]) -> dict[str, dict]:
         return {}
     try:
         import report
+
+        frame = report.to_frame([{**row["config"], **row["values"]} for row in rows])
+        if frame.empty:
+            return {}
+        drawn = {"parallel": report.parallel_coordinates_figure(frame), "pareto": report.pareto_figure(frame),
+                 "heatmap": report.heatmap_figure(frame)}
     except ImportError:  # the server alone, without the rest of the project
         return {}
-    frame = report.to_frame([{**row["config"], **row["values"]} for row in rows])
-    if frame.empty:
+    except Exception:  # rows come from any program; the page has figures of its own
+        log.exception("report.py could not draw a sweep")
         return {}
-    drawn = {"parallel": report.parallel_coordinates_figure(frame), "pareto": report.pareto_figure(frame),
-             "heatmap": report.heatmap_figure(frame)}
     figures = {name: json.loads(figure.to_json()) for name, figure in drawn.items()}
     for name, figure in figures.items():  # the card has the title; the figure, less to say
         figure["layout"].pop("title", None)

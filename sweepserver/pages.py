@@ -241,7 +241,8 @@ def _summary_columns(runs: list[dict], metric: str | None, most: int = 7) -> lis
              "compression_ratio_activations", "calib_seconds", "eval_seconds"]
     keys = {key for run in runs for key, value in run["summary"].items()
             if not key.startswith("_") and figures.number(value)}
-    keys = {key for key in keys if key != metric and (key in known or len({r["summary"].get(key) for r in runs}) > 2)}
+    kinds = {key: len({str(run["summary"].get(key)) for run in runs}) for key in keys}  # str: it may be a dict
+    keys = {key for key in keys if key != metric and (key in known or kinds[key] > 2)}
     ranked = sorted(keys, key=lambda key: (known.index(key) if key in known else len(known), key))
     return ([metric] if metric else []) + ranked[: most - 1]
 

@@ -273,9 +273,10 @@ class Nodes:
     # -- mutations ------------------------------------------------------------------------------------------------
 
     def upsert_sweep(self, input: dict, **_) -> dict:
-        project = self.runs.project(input.get("entityName") or self.entity_name,
-                                    input.get("projectName") or "uncategorized", create=True)
-        sweep_id = self.scheduler.upsert_sweep(project["id"], input)
+        entity, name = input.get("entityName") or self.entity_name, input.get("projectName") or "uncategorized"
+        with self.store.write():  # a sweep that is refused leaves no project behind
+            project = self.runs.project(entity, name, create=True)
+            sweep_id = self.scheduler.upsert_sweep(project["id"], input)
         return {"sweep": self.sweep(self.scheduler.sweep(sweep_id)), "configValidationWarnings": []}
 
     def create_agent(self, input: dict, **_) -> dict:

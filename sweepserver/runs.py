@@ -60,11 +60,11 @@ class Runs:
                 columns = {**columns, "state": given.get("state") or "running"}
                 return self.store.one("SELECT * FROM run WHERE id=?", self.create(project, given["name"], **columns)), 1
             by_run = not given.get("id") and (given.get("host") or given.get("jobProgram"))
-            if by_run and row["state"] != "running":  # pending at its start, or an ended one resumed
-                columns.update(state="running", ended=None, stop_at=None, stop_why=None, stop_sent=0, preempting=0,
-                               heartbeat=now())
-                if row["state"] == "pending":
-                    columns["created"] = now()  # the clock of a run starts when it does
+            if by_run and row["state"] == "pending":  # the clock of a run starts when it does; a stop asked of it holds
+                columns.update(state="running", heartbeat=now(), created=now())
+            elif by_run and row["state"] != "running":  # an ended one resumed
+                columns.update(state="running", heartbeat=now(), ended=None, stop_at=None, stop_why=None, stop_sent=0,
+                               preempting=0)
             if columns.get("display_name") == "":
                 del columns["display_name"]
             self.store.update("run", row["id"], **columns)

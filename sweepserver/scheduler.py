@@ -61,8 +61,10 @@ class Scheduler:
             if self.sweep(sweep_id) is None:
                 raise Refused(f"sweep {sweep_id} not found")
             if search:
-                columns["config"], columns["cursor"] = given["config"], 0
-                self._renumber(sweep_id, search)
+                columns["config"] = given["config"]
+                if search.method == "grid":  # elsewhere a number that was given out stays with its draw
+                    columns["cursor"] = 0
+                    self._renumber(sweep_id, search)
             self.store.update("sweep", sweep_id, **columns)
             if given.get("state"):
                 self._set_state(sweep_id, given["state"].upper())
@@ -92,8 +94,6 @@ class Scheduler:
         with self.store.write() as db:
             points = self.store.all("SELECT id, params, status FROM point WHERE sweep=?", sweep_id)
             db.execute("UPDATE point SET idx=NULL WHERE sweep=?", (sweep_id,))
-            if search.method != "grid":
-                return
             for point in points:
                 index = search.grid_index(json.loads(point["params"]))
                 if index is not None:
@@ -119,8 +119,8 @@ class Scheduler:
         total = parse_sweep(sweep["config"]).size
         counts = {"total": total, "done": by.get("done", 0), "running": by.get("out", 0),
                   "failed": by.get("failed", 0), "lost": by.get("lost", 0), "again": by.get("again", 0)}
-        counts["waiting"] = None if total is None else total - sum(by.get(k, 0) for k in
-                                                                     ("done", "out", "failed", "lost"))
+        given = sum(by.get(status, 0) for status in ("done", "out", "failed", "lost"))
+        counts["waiting"] = None if total is None else max(0, total - given)  # a run_cap may be lowered below `given`
         return counts
 
     # -- agents ---------------------------------------------------------------------------------------------------
@@ -191,7 +191,9 @@ class Scheduler:
         return [{"type": "run", "run_id": name, "program": program, "args": values}]
 
     def _next_point(self, sweep, search: Search):
-        point = self.store.one("SELECT * FROM point WHERE sweep=? AND status='again' ORDER BY idx LIMIT 1", sweep["id"])
+        there = "AND idx IS NOT NULL" if search.method == "grid" else ""  # not what a changed grid no longer holds
+        point = self.store.one(f"SELECT * FROM point WHERE sweep=? AND status='again' {there} ORDER BY idx LIMIT 1",
+                               sweep["id"])
         if point:
             return point
         index, size = sweep["cursor"], search.size
@@ -247,8 +249,11 @@ class Scheduler:
 
     def lose(self, run) -> None:
         """The run is gone without a word."""
-        state = "preempted" if run["preempting"] else ("killed" if run["stop_why"] else "crashed")
         with self.store.write():
+            run = self.store.one("SELECT * FROM run WHERE id=?", run["id"])
+            if run is None or run["state"] not in LIVE:  # it ended, or was deleted, since the caller looked
+                return
+            state = "preempted" if run["preempting"] else ("killed" if run["stop_why"] else "crashed")
             self.store.update("run", run["id"], state=state, ended=now())
             point = run["point"] and self.store.one("SELECT * FROM point WHERE id=?", run["point"])
             if not point or point["status"] != "out":
@@ -265,10 +270,15 @@ class Scheduler:
         with self.store.write():
             self.store.update("run", run["id"], state="running", ended=None, heartbeat=now())
             point = run["point"] and self.store.one("SELECT * FROM point WHERE id=?", run["point"])
+            sweep = run["sweep"] and self.sweep(run["sweep"])
+            if point and point["status"] == "done":
+                self.stop(run, "superseded")
+            elif sweep and sweep["state"] == "CANCELED":  # while nobody heard it
+                self.stop(run, "cancel")
             if point and point["status"] in ("again", "lost"):
                 self.store.update("point", point["id"], status="out", losses=max(0, point["losses"] - 1))
-                if point["status"] == "lost":
-                    self.store.update("sweep", point["sweep"], state="RUNNING")
+                if point["status"] == "lost" and sweep and sweep["state"] == "FINISHED":
+                    self.store.update("sweep", sweep["id"], state="RUNNING")
 
     def stop(self, run, why: str) -> None:
         """Asks a run to stop: by the answer to its next file stream, later by its agent."""

@@ -74,15 +74,8 @@ def parse_sweep(text: str) -> Search:
         raise BadSweep(f"method: expected grid, random or bayes, got {method!r}")
     if not isinstance(parameters, dict) or not parameters:
         raise BadSweep("parameters: expected at least one parameter")
-    metric = config.get("metric") or {}
-    early = config.get("early_terminate")
-    goal = metric.get("goal", "minimize")
-    if goal not in ("minimize", "maximize"):
-        raise BadSweep(f"metric.goal: expected minimize or maximize, got {goal!r}")
-    if (method == "bayes" or early) and not metric.get("name"):
-        raise BadSweep(f"metric.name: {'early_terminate' if early else 'method bayes'} needs it")
-    if early and (not isinstance(early, dict) or early.get("type") != "hyperband"):
-        raise BadSweep("early_terminate.type: expected hyperband")
+    _check_metric(config)
+    metric, early = config.get("metric") or {}, config.get("early_terminate")
     if (method == "bayes" or early) and not library():
         wanted = "method bayes" if method == "bayes" else "early_terminate hyperband"
         raise BadSweep(f"{wanted} needs the `sweeps` package beside the server: {INSTALL}")
@@ -90,7 +83,9 @@ def parse_sweep(text: str) -> Search:
     if cap is not None and (not isinstance(cap, int) or cap < 1):
         raise BadSweep(f"run_cap: expected a whole number above 0, got {cap!r}")
     _check(parameters, ())
+    _check_draw(parameters)
     axes = tuple(_axes(parameters, ())) if method == "grid" else ()
+    goal = metric.get("goal", "minimize")
     return Search(config, method, parameters, metric.get("name"), goal, cap, bool(early), axes)
 
 
@@ -150,18 +145,27 @@ def draw(spec: dict, rng: random.Random):
     return value if isinstance(step, int) else round(value, 12)
 
 
-DISTRIBUTIONS = {
-    "int_uniform", "uniform", "q_uniform", "log_uniform", "q_log_uniform", "log_uniform_values",
-    "q_log_uniform_values", "inv_log_uniform", "inv_log_uniform_values", "normal", "q_normal", "log_normal",
-    "q_log_normal", "beta", "q_beta",
-}  # fmt: skip
+LARGEST_EXPONENT = 690  # e to the power of it is within what a float can hold
+MOST_VALUES = 10**6  # of one parameter of a grid
+_RANGES = ("uniform", "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values")
+_PLAIN = {**dict.fromkeys(_RANGES, ("min", "max")), "normal": ("mu", "sigma"), "log_normal": ("mu", "sigma"),
+          "beta": ("a", "b")}
+NEEDED = {"nested": "parameters", "constant": "value", "categorical": "values"}  # known by this key, named or not
+# What a parameter of each distribution may say beside `distribution`.
+KEYS = {"nested": ("parameters",), "constant": ("value",), "categorical": ("values", "probabilities"),
+        "int_uniform": ("min", "max"), **_PLAIN,
+        **{f"q_{kind}": (*keys, "q") for kind, keys in _PLAIN.items() if not kind.startswith("inv_")}}
 
 
 def distribution(spec: dict) -> str:
+    """The distribution of a parameter (a key of `KEYS`), named or not; W&B's default where it is not."""
+    for kind, key in NEEDED.items():
+        if key in spec:
+            return kind
     if "distribution" in spec:
         return spec["distribution"]
     whole = isinstance(spec.get("min"), int) and isinstance(spec.get("max"), int)
-    return "int_uniform" if whole else ("uniform" if "min" in spec else "normal")
+    return "int_uniform" if whole else ("normal" if "mu" in spec or "sigma" in spec else "uniform")
 
 
 def bayes_point(search: Search, runs: list[dict]) -> dict:
@@ -194,31 +198,99 @@ def _plain(value):
     return value.item() if hasattr(value, "item") else value
 
 
+def _check_metric(config: dict) -> None:
+    metric, early = config.get("metric") or {}, config.get("early_terminate")
+    if not isinstance(metric, dict):
+        raise BadSweep(f"metric: expected a mapping with name and goal, got {metric!r}")
+    if metric.get("goal", "minimize") not in ("minimize", "maximize"):
+        raise BadSweep(f"metric.goal: expected minimize or maximize, got {metric['goal']!r}")
+    if metric.get("name") is not None and not isinstance(metric["name"], str):
+        raise BadSweep(f"metric.name: expected a text, got {metric['name']!r}")
+    if (config.get("method") == "bayes" or early) and not metric.get("name"):
+        raise BadSweep(f"metric.name: {'early_terminate' if early else 'method bayes'} needs it")
+    if early and (not isinstance(early, dict) or early.get("type") != "hyperband"):
+        raise BadSweep("early_terminate.type: expected hyperband")
+    if early:
+        first, last, cuts, eta = (early.get(key, default) for key, default in
+                                  (("min_iter", None), ("max_iter", None), ("s", None), ("eta", 3)))
+        if not (_number(first) and first >= 1 or _number(last) and last >= 1 and _number(cuts)):
+            raise BadSweep("early_terminate: hyperband needs min_iter, or max_iter and s, as numbers from 1")
+        if not (_number(eta) and eta > 1):
+            raise BadSweep(f"early_terminate.eta: expected a number above 1, got {eta!r}")
+
+
 def _check(parameters: dict, path: tuple) -> None:
     for name, spec in parameters.items():
         place = ".".join((*path, str(name)))
+        if not isinstance(name, str):
+            raise BadSweep(f"parameters.{place}: a name is a text; write it in quotes")
         if not isinstance(spec, dict) or not spec:
             raise BadSweep(f"parameters.{place}: expected value, values, min and max, or a distribution")
-        if "parameters" in spec:
+        kind = distribution(spec)
+        if not isinstance(kind, str) or kind not in KEYS or (kind in NEEDED and NEEDED[kind] not in spec):
+            raise BadSweep(f"parameters.{place}.distribution: {kind!r} is unknown or needs values")
+        others = [key for key in spec if key not in (*KEYS[kind], "distribution")]
+        if others:
+            raise BadSweep(f"parameters.{place}.{others[0]}: {kind} takes no such key, only {', '.join(KEYS[kind])}")
+        if kind == "nested":
             if not isinstance(spec["parameters"], dict):
                 raise BadSweep(f"parameters.{place}.parameters: expected a mapping of parameters")
-            _check(spec["parameters"], (*path, str(name)))
-        elif "values" in spec:
-            if not isinstance(spec["values"], list) or not spec["values"]:
-                raise BadSweep(f"parameters.{place}.values: expected a list with at least one value")
-            if "probabilities" in spec and len(spec["probabilities"]) != len(spec["values"]):
-                raise BadSweep(f"parameters.{place}.probabilities: expected one for each of values")
-        elif "value" not in spec:
-            kind = distribution(spec)
-            if kind not in DISTRIBUTIONS:
-                raise BadSweep(f"parameters.{place}.distribution: {kind!r} is unknown or needs values")
-            if "uniform" in kind:
-                low, high = spec.get("min"), spec.get("max")
-                numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (low, high))
-                if not numbers or low > high:
-                    raise BadSweep(f"parameters.{place}: {kind} needs numbers min <= max (write 1.0e-4, not 1e-4)")
-                if kind.endswith("_values") and low <= 0:
-                    raise BadSweep(f"parameters.{place}.min: {kind} needs a number above 0")
+            _check(spec["parameters"], (*path, name))
+        elif kind == "categorical":
+            _check_values(spec, place)
+        elif kind != "constant":
+            _check_numbers(kind, spec, place)
+
+
+def _check_values(spec: dict, place: str) -> None:
+    values, odds = spec["values"], spec.get("probabilities")
+    if not isinstance(values, list) or not values:
+        raise BadSweep(f"parameters.{place}.values: expected a list with at least one value")
+    if "probabilities" not in spec:
+        return
+    if not isinstance(odds, list) or len(odds) != len(values):
+        raise BadSweep(f"parameters.{place}.probabilities: expected a list with one for each of values")
+    if not all(_number(odd) and odd >= 0 for odd in odds) or not sum(odds) > 0:
+        raise BadSweep(f"parameters.{place}.probabilities: expected numbers from 0, at least one of them above 0")
+
+
+def _check_numbers(kind: str, spec: dict, place: str) -> None:
+    low, high = spec.get("min"), spec.get("max")
+    if "uniform" in kind:
+        if not (_number(low) and _number(high)) or low > high:
+            raise BadSweep(f"parameters.{place}: {kind} needs numbers min <= max (write 1.0e-4, not 1e-4)")
+        if kind == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
+            raise BadSweep(f"parameters.{place}: int_uniform needs whole numbers")
+        if kind.endswith("_values") and low <= 0:
+            raise BadSweep(f"parameters.{place}.min: {kind} needs a number above 0")
+        if kind.endswith("log_uniform") and max(-low, high) > LARGEST_EXPONENT:
+            raise BadSweep(f"parameters.{place}: {kind} takes exponents up to {LARGEST_EXPONENT}; {kind}_values takes "
+                           "the numbers themselves")
+    for key in ("mu", "sigma", "a", "b", "q"):
+        if key in spec and not _number(spec[key]):
+            raise BadSweep(f"parameters.{place}.{key}: expected a number, got {spec[key]!r}")
+    for key in ("a", "b", "q"):
+        if spec.get(key, 1) <= 0:
+            raise BadSweep(f"parameters.{place}.{key}: expected a number above 0, got {spec[key]!r}")
+    if spec.get("sigma", 1) < 0:
+        raise BadSweep(f"parameters.{place}.sigma: expected a number from 0, got {spec['sigma']!r}")
+
+
+def _number(value) -> bool:
+    """A finite number, within what a float can hold with room for a difference."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _check_draw(parameters: dict) -> None:
+    """Draws once, so that what cannot be drawn or sent is refused now and not at every heartbeat."""
+    try:
+        json.dumps(parameters)
+    except (TypeError, ValueError) as error:  # a date, a loop of anchors
+        raise BadSweep(f"parameters: a value is no text, number, list or mapping; put it in quotes ({error})") from None
+    try:
+        random_point(parameters, random.Random(0))
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise BadSweep(f"parameters: cannot be drawn ({error})") from None
 
 
 def _axes(parameters: dict, path: tuple):
@@ -229,14 +301,15 @@ def _axes(parameters: dict, path: tuple):
         elif "values" in spec:
             yield place, list({_key(value): value for value in spec["values"]}.values())  # a value twice is one point
         elif "value" not in spec:
-            kind = distribution(spec)
-            if kind == "int_uniform":
-                yield place, range(spec["min"], spec["max"] + 1)
-            elif kind == "q_uniform":
-                count = math.ceil((spec["max"] - spec["min"]) / spec["q"])
-                yield place, [spec["min"] + i * spec["q"] for i in range(count)]
-            else:
+            kind, low, high, step = distribution(spec), spec.get("min"), spec.get("max"), spec.get("q", 1)
+            if kind not in ("int_uniform", "q_uniform"):
                 raise BadSweep(f"parameters.{'.'.join(place)}: a grid needs value, values, or whole min and max")
+            if (high - low) / step >= MOST_VALUES:
+                raise BadSweep(f"parameters.{'.'.join(place)}: more than {MOST_VALUES} values, too many for a grid")
+            if kind == "int_uniform":
+                yield place, range(low, high + 1)
+            else:
+                yield place, [low + i * step for i in range(math.ceil((high - low) / step))]
 
 
 def _constants(parameters: dict) -> dict:

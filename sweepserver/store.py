@@ -24,11 +24,13 @@ CREATE TABLE IF NOT EXISTS agent(id TEXT PRIMARY KEY, sweep TEXT NOT NULL, host 
 -- One configuration that was handed out. status: out (a run has it), again (to hand out anew), done, failed, lost.
 CREATE TABLE IF NOT EXISTS point(id INTEGER PRIMARY KEY, sweep TEXT NOT NULL, idx INTEGER, params TEXT NOT NULL,
     status TEXT NOT NULL, losses INTEGER NOT NULL DEFAULT 0, UNIQUE(sweep, idx));
-CREATE TABLE IF NOT EXISTS run(id INTEGER PRIMARY KEY, project INTEGER NOT NULL, name TEXT NOT NULL, display_name TEXT,
-    state TEXT NOT NULL, config TEXT NOT NULL DEFAULT '{}', summary TEXT NOT NULL DEFAULT '{}', sweep TEXT, agent TEXT,
-    point INTEGER, "group" TEXT, job_type TEXT, tags TEXT NOT NULL DEFAULT '[]', notes TEXT, description TEXT,
-    host TEXT, program TEXT, "commit" TEXT, created REAL, heartbeat REAL, ended REAL, exit_code INTEGER,
-    stop_at REAL, stop_why TEXT, stop_sent INTEGER NOT NULL DEFAULT 0, preempting INTEGER NOT NULL DEFAULT 0,
+-- AUTOINCREMENT: files and signed addresses of a deleted run must not become those of the next one.
+CREATE TABLE IF NOT EXISTS run(id INTEGER PRIMARY KEY AUTOINCREMENT, project INTEGER NOT NULL, name TEXT NOT NULL,
+    display_name TEXT, state TEXT NOT NULL, config TEXT NOT NULL DEFAULT '{}', summary TEXT NOT NULL DEFAULT '{}',
+    sweep TEXT, agent TEXT, point INTEGER, "group" TEXT, job_type TEXT, tags TEXT NOT NULL DEFAULT '[]', notes TEXT,
+    description TEXT, host TEXT, program TEXT, "commit" TEXT, created REAL, heartbeat REAL, ended REAL,
+    exit_code INTEGER, stop_at REAL, stop_why TEXT, stop_sent INTEGER NOT NULL DEFAULT 0,
+    preempting INTEGER NOT NULL DEFAULT 0,
     UNIQUE(project, name));
 CREATE INDEX IF NOT EXISTS run_sweep ON run(sweep);
 CREATE INDEX IF NOT EXISTS run_agent ON run(agent, state);
@@ -135,5 +137,5 @@ def parsed(text: str | None, default=None):
     """The value of a JSON text from a client, or `default` where it is none."""
     try:
         return json.loads(text) if text else default
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return default

@@ -197,12 +197,55 @@ def test_the_quantization_sweep_has_32_points():
     assert len(report.missing_points(report.to_frame([]), grid)) == 32
 
 
-@pytest.mark.parametrize("content", [None, "just a line", "method: grid", "a: [1"])
-def test_a_file_that_is_no_sweep_is_one_line(run_main, tmp_path, content):
+@pytest.mark.parametrize("content", [None, b"just a line", b"method: grid", b"a: [1", b"\x89PNG\r\n\xff"])
+def test_a_file_that_is_no_sweep_is_one_line_before_a_server_starts(run_main, tmp_path, content):
     import sweep
 
     path = tmp_path / "sweep.yaml"
     if content:
-        path.write_text(content)
-    code, _, text = run_main(sweep, "--config", path, "--no-server")
+        path.write_bytes(content)
+    code, _, text = run_main(sweep, "--config", path, "--server-dir", tmp_path / "server", "--port", "0")
     assert code == 2 and text.startswith(f"error: --config {path} is not a sweep") and text.count("\n") == 1
+    assert not (tmp_path / "server").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (("--server-dir", "file"), "--server-dir file: cannot write"),
+        (("--server-dir", "file/deeper"), "--server-dir file/deeper: cannot write"),
+        (("--checkpoint", "none.safetensors"), "--checkpoint none.safetensors does not exist"),
+    ],
+)
+def test_a_place_that_cannot_be_is_one_line(run_main, tmp_path, monkeypatch, flags, word):
+    import sweep
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    code, _, text = run_main(sweep, "--config", ROOT / "sweeps" / "quant_sweep.yaml", "--port", "0", *flags)
+    assert code == 2 and word in text and text.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_paths_of_another_folder_reach_the_agents_whole(tmp_path, monkeypatch):
+    import sweep
+
+    (tmp_path / "c.pth").write_text("")
+    monkeypatch.chdir(tmp_path)
+    shared = sweep.shared_parameters(sweep.Settings(data_dir=Path("d"), checkpoint=Path("c.pth")))
+    assert shared == {"dataset": None, "data_dir": tmp_path / "d", "checkpoint": tmp_path / "c.pth"}
+    monkeypatch.chdir(ROOT)
+    assert sweep.shared_parameters(sweep.Settings(data_dir=Path("d")))["data_dir"] == Path("d")
+
+
+def test_the_servers_log_holds_no_key(tmp_path):
+    import sweep
+
+    folder = tmp_path / "server"
+    found = sweep.embedded_server(folder, 0)
+    try:
+        assert found["WANDB_API_KEY"] == (folder / "key").read_text()
+        assert found["WANDB_API_KEY"] not in (folder / "server.log").read_text()
+        assert folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.kill(sweepserver.read_ready(folder)["pid"], signal.SIGTERM)

@@ -87,6 +87,7 @@ def test_missing_points_in_grid_order():
     expected = [p for p in itertools.product([2, 4, 6, 8], [128, 256], [32, 2, 4, 6, 8]) if p not in present]
     assert list(missing.fillna(32).itertuples(index=False, name=None)) == expected
     assert report.missing_points(frame, {"weight_quant_bits": [32, "8"], "weight_per_channel": [True]}).shape == (1, 2)
+    assert len(report.missing_points(frame, {})) == len(report.missing_points(report.to_frame([]), {})) == 0
 
 
 def test_batch_effect_is_the_spread_over_batch_sizes():
@@ -120,6 +121,7 @@ def test_ticks_are_few_round_and_inside(low, high):
         assert ticks == sorted(set(ticks))
         assert all(low * 0.999 <= tick <= high * 1.001 for tick in ticks)
         assert all(float(f"{tick:.4g}") == tick for tick in ticks)
+    assert report.linear_ticks(low, low) == [low]
 
 
 def test_axes_place_values_by_their_own_scales():
@@ -209,8 +211,9 @@ def test_sizes_figure_adds_up():
     assert "0.500 MB" in figure.layout.title.text
 
 
-def read(runs, state="FINISHED", method="grid", values=(4, 8)):
+def read(runs, state="FINISHED", method="grid", values=(4, 8), **more):
     config = {"method": method, "parameters": {"weight_bits": {"values": list(values)}, "batch_size": {"value": 64}}}
+    config |= more
     return {"path": "me/p/s1", "name": "s", "state": state, "url": "u", "config": config, "runs": runs, "tables": {}}
 
 
@@ -243,15 +246,26 @@ def test_sweep_table_has_the_best_first_and_may_be_empty():
     assert nothing.missing.to_dict("records") == [{"weight_bits": 4}, {"weight_bits": 8}]
 
 
+@pytest.mark.parametrize("changes", [dict(method="random"), dict(run_cap=1), dict(values=[4])])
+def test_a_sweep_that_need_not_run_every_point_misses_none(changes):
+    results = report.sweep_results(read(RUNS, **changes))
+    assert len(results.missing) == 0 and results.grid == {}
+    assert results.frame["run_id"].tolist() == (["old", "new"] if "method" in changes else ["new"])
+
+
+WHOLE = [*RUNS, run("other", 8, 93.0, "2026-01-01T13:00:00Z")]
+
+
 @pytest.mark.parametrize(
     "state, runs, reads",
     [
-        ("FINISHED", RUNS, 1),
-        ("RUNNING", RUNS, 2),
-        ("FINISHED", [*RUNS, run("live", 8, 1.0, "2026-01-02T00:00:00Z", "running")], 2),
+        ("FINISHED", WHOLE, 1),
+        ("FINISHED", RUNS, 2),  # a point is missing: somebody may have resumed it
+        ("RUNNING", WHOLE, 2),
+        ("FINISHED", [*WHOLE, run("live", 8, 1.0, "2026-01-02T00:00:00Z", "running")], 2),
     ],
 )
-def test_only_an_ended_sweep_is_taken_from_the_cache(tmp_path, monkeypatch, state, runs, reads):
+def test_only_an_ended_and_whole_sweep_is_taken_from_the_cache(tmp_path, monkeypatch, state, runs, reads):
     asked = []
     monkeypatch.setattr(report.tracking, "read_sweep", lambda *a: asked.append(a) or read(runs, state))
     first = report.fetch_sweep("me", "p", "s1", tmp_path)
@@ -259,6 +273,16 @@ def test_only_an_ended_sweep_is_taken_from_the_cache(tmp_path, monkeypatch, stat
     assert len(asked) == reads
     assert first.frame.equals(second.frame) and first.grid == second.grid
     assert json.loads(Path(tmp_path / "sweep-me-p-s1.json").read_text())["path"] == "me/p/s1"
+
+    def unreachable(*_):
+        raise UserError("no server")
+
+    monkeypatch.setattr(report.tracking, "read_sweep", unreachable)
+    if state == "FINISHED" and not any(run["state"] == "running" for run in runs):
+        assert report.fetch_sweep("me", "p", "s1", tmp_path).frame.equals(first.frame)
+    else:
+        with pytest.raises(UserError):
+            report.fetch_sweep("me", "p", "s1", tmp_path)
 
 
 def test_size_tables_of_mixed_precision_are_found_by_their_mean():

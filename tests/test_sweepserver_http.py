@@ -177,6 +177,40 @@ def test_a_changed_grid_keeps_the_points_that_it_shares_with_the_old_one(direct)
     assert direct.beat(agent) == [{"type": "exit"}]
 
 
+def done(direct, agent, sweep) -> int:
+    """Runs the point that the agent is given."""
+    command = take(direct, agent)
+    direct.begin(command["run_id"], sweep)
+    direct.finish(command["run_id"])
+    return a(command)
+
+
+def update(direct, sweep, config) -> None:
+    direct.ask("mutation U($id: ID, $c: String) { upsertSweep(input: {id: $id, config: $c}) { sweep { name } } }",
+               id=sweep, c=config)
+
+
+def test_an_updated_random_sweep_repeats_no_draw_and_a_lower_run_cap_ends_it(direct):
+    config = "method: random\nrun_cap: {}\nparameters: {{a: {{min: 0, max: 10000000}}}}"
+    sweep = direct.sweep(config.format(9))
+    agent = direct.agent(sweep)
+    seen = [done(direct, agent, sweep) for _ in range(2)]
+    update(direct, sweep, config.format(8))
+    seen += [done(direct, agent, sweep) for _ in range(2)]
+    assert len(set(seen)) == 4
+    update(direct, sweep, config.format(3))
+    assert direct.beat(agent) == [{"type": "exit"}] and direct.state(sweep) == "FINISHED"
+
+
+def test_a_point_that_a_changed_grid_no_longer_holds_does_not_come_back(direct):
+    sweep = direct.sweep(grid(2))
+    agent = direct.agent(sweep)
+    assert a(take(direct, agent)) == 0
+    update(direct, sweep, GRID.format("1"))  # while 0 is out; then its run is gone
+    assert done(direct, agent, sweep) == 1
+    assert direct.beat(agent) == [{"type": "exit"}]
+
+
 def test_run_cap_and_random_points_and_a_deleted_run(direct):
     sweep = direct.sweep("method: random\nrun_cap: 3\nparameters: {a: {min: 0, max: 10000000}}")
     agent, seen = direct.agent(sweep), []
@@ -217,6 +251,9 @@ def test_bayes_and_hyperband_through_the_sweeps_package(direct):
 def test_a_bad_configuration_and_an_unknown_sweep_say_so(direct):
     answer = direct.graphql("mutation U($c: String) { upsertSweep(input: {config: $c}) { sweep { name } } }", c="x: 1")
     assert answer["status"] == 200 and "at least one parameter" in answer["errors"][0]["message"]
+    query = "mutation U($c: String) { upsertSweep(input: {config: $c, projectName: \"refused\"}) { sweep { name } } }"
+    assert direct.graphql(query, c="x: 1")["errors"] and direct.ask("{ project(name: \"refused\") { id } }") == {
+        "project": None}
     query = "query SweepWithRuns($specs: [JSONString!]!) { project(name: \"p\") { sweep(sweepName: \"nope\") { id } } }"
     assert direct.ask(query, specs="{}") == {"project": {"sweep": None}}
     heartbeat = "mutation { agentHeartbeat(input: {id: \"nobody\"}) { commands } }"
@@ -312,7 +349,11 @@ def test_bodies_are_bounded(direct):
                                   b'{"query": "{ viewer { ...F } } fragment F on User { id ...F }"}',
                                   b'{"files": []}', b'{"files": {"output.log": 3}}', b'{"exitcode": "x"}',
                                   b'{"query": "{ project { run { id } } }", "variables": [1]}',
-                                  b'{"query": "mutation { createAgent(input: 3) { agent { id } } }"}'])
+                                  b'{"query": "mutation { createAgent(input: 3) { agent { id } } }"}',
+                                  b'{"files": ' + b"[" * 100000, b'{"exitcode": 1e999}',
+                                  b'{"files": {"wandb-summary.json": {"content": {"a": 1}}}}',
+                                  b'{"files": {"output.log": {"content": ["x"], "offset": 9223372036854775808}}}',
+                                  b'{"files": {"wandb-history.jsonl": {"content": ["{\\"_step\\": [1]}"]}}}'])
 def test_nonsense_never_gets_a_5xx(direct, body):
     status, _, text = direct.request("POST", "/graphql", body)
     assert status in (200, 400) and json.loads(text)["errors"]
@@ -365,6 +406,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
                         (("--port", "0", "--data-dir", str(folder)), "in use"),
                         (("--port", "70000", "--data-dir", str(tmp_path / "d")), "--port"),
                         (("--host", "nowhere.invalid", "--data-dir", str(tmp_path / "d")), "--host"),
+                        (("--port", "x"), "--port"), (("--nonsense",), "--nonsense"), (("start",), "start"),
+                        (("--agent-timeout", "nan"), "--agent-timeout"), (("env", "--wait", "nan"), "--wait"),
                         (("env", "--data-dir", str(tmp_path / "none")), "no server runs")]:
         done = command(*flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -374,6 +417,14 @@ def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
 def server_folder(server) -> str:
     arguments = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
     return arguments[arguments.index("--data-dir") + 1]
+
+
+def test_a_proxy_is_not_asked_for_a_server_of_ours(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.delenv("no_proxy", raising=False)
+    folder = server_folder(server)
+    assert command("env", "--data-dir", folder).stdout.startswith("export WANDB_BASE_URL=")
+    assert "/login?ticket=" in command("link", "--data-dir", folder).stdout
 
 
 def test_the_key_is_private_and_env_prints_the_exports(server):

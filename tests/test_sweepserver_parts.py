@@ -1,5 +1,6 @@
-"""sweepserver's parts without a network: search, GraphQL walk, filters, signed addresses, figures."""
+"""sweepserver's parts without a network: search, points, GraphQL walk, filters, permissions, figures."""
 
+import asyncio
 import itertools
 import json
 import math
@@ -7,9 +8,10 @@ import random
 
 import pytest
 
-from sweepserver import figures, walker
+from sweepserver import app, figures, pages, walker
 from sweepserver.files import Files, checked_name
 from sweepserver.runs import Runs, matches, spread
+from sweepserver.scheduler import Rules, Scheduler
 from sweepserver.search import BadSweep, draw, library, parse_sweep, random_point
 from sweepserver.store import Store, clean, clean_text
 
@@ -80,11 +82,40 @@ def test_draws_have_the_range_and_mean_of_their_distribution(spec, low, high, me
     ("method: bayes\nparameters: {a: {values: [1, 2]}}", "metric.name"),
     ("method: grid\nrun_cap: -1\nparameters: {a: {value: 1}}", "run_cap"),
     ("[1, 2", "YAML"),
+    ("method: grid\nmetric: acc\nparameters: {a: {value: 1}}", "metric: expected a mapping"),
+    ("method: grid\nparameters: {a: {value: 1}, 1: {value: 2}}", "parameters.1: a name is a text"),
+    ("method: random\nparameters: {a: {values: [2020-01-01]}}", "put it in quotes"),
+    ("method: grid\nparameters: {a: {min: 0, max: 100000000000000000000}}", "too many for a grid"),
+    ("method: random\nmetric: {name: x}\nearly_terminate: {type: hyperband}\nparameters: {a: {value: 1}}", "min_iter"),
+    ("method: random\nmetric: {name: x}\nearly_terminate: {type: hyperband, min_iter: 2, eta: 1}\n"
+     "parameters: {a: {value: 1}}", "early_terminate.eta"),
 ])  # fmt: skip
 def test_a_bad_configuration_is_refused_in_one_line_that_names_the_place(text, word):
     with pytest.raises(BadSweep) as caught:
         parse_sweep(text)
     assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("spec, word", [
+    ("{vals: [1, 2]}", "a.vals"), ("{max: 0.1}", "min <= max"),
+    ("{min: 0.1, max: 1.0, distrbution: log_uniform_values}", "a.distrbution"),
+    ("{min: 0, max: 1, q: 0, distribution: q_uniform}", "a.q"), ("{min: 0, max: 9, q: 2}", "a.q"),
+    ("{min: 0, max: 0.5, distribution: int_uniform}", "whole numbers"), ("{min: 0.0, max: .inf}", "min <= max"),
+    ("{values: [1, 2], probabilities: [0, 0]}", "a.probabilities"),
+    ("{values: [1, 2], probabilities: 3}", "a.probabilities"), ("{value: 1, values: [1]}", "a.values"),
+    ("{distribution: normal, mu: x}", "a.mu"), ("{distribution: normal, sigma: -1}", "a.sigma"),
+    ("{distribution: log_uniform, min: 0, max: 1000}", "exponents"), ("{distribution: beta, a: 0}", "a.a"),
+    ("{distribution: log_normal, mu: 5000}", "cannot be drawn"), ("{distribution: [x]}", "a.distribution"),
+    ("{distribution: constant}", "a.distribution"),
+])  # fmt: skip
+def test_a_bad_parameter_is_refused_before_it_is_drawn(spec, word):
+    with pytest.raises(BadSweep) as caught:
+        parse_sweep(f"method: random\nparameters: {{a: {spec}}}")
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_step_of_a_grid_is_one_where_none_is_named():
+    assert parse_sweep("method: grid\nparameters: {a: {distribution: q_uniform, min: 0, max: 3}}").size == 3
 
 
 def test_bayes_without_the_package_says_what_to_install(monkeypatch):
@@ -192,6 +223,103 @@ def test_nan_and_infinity_become_strings():
     assert json.loads(clean_text('{"x": NaN, "text": "NaN it is"}')) == {"x": "NaN", "text": "NaN it is"}
 
 
+# -- points -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scheduler(runs):
+    return Scheduler(runs.store, runs, Rules())
+
+
+def sweep_of(scheduler, config: str = "method: grid\nparameters: {a: {values: [0, 1, 2]}}") -> str:
+    return scheduler.upsert_sweep(1, {"config": config})
+
+
+def hand_out(scheduler, sweep: str):
+    """The run that a new agent is given, as its row."""
+    (command,) = scheduler.heartbeat(scheduler.create_agent(sweep, "here"), set())
+    return scheduler.runs.get(1, command["run_id"])
+
+
+def again(scheduler, run):
+    return scheduler.runs.get(1, run["name"])
+
+
+def test_a_stop_asked_of_a_run_before_it_begins_is_not_lost(scheduler):
+    sweep = sweep_of(scheduler)
+    run = hand_out(scheduler, sweep)
+    scheduler.upsert_sweep(1, {"id": sweep, "state": "CANCELED"})
+    begun, _ = scheduler.runs.upsert(1, {"name": run["name"], "host": "here"})
+    assert (begun["state"], begun["stop_why"]) == ("running", "cancel")
+    scheduler.complete(begun, 0)
+    resumed, _ = scheduler.runs.upsert(1, {"name": run["name"], "host": "here"})
+    assert (resumed["state"], resumed["stop_at"], resumed["stop_why"], resumed["ended"]) == ("running", *[None] * 3)
+
+
+def test_a_run_heard_again_is_stopped_where_its_point_is_done_or_its_sweep_is_cancelled(scheduler):
+    sweep = sweep_of(scheduler)
+    late, lost = hand_out(scheduler, sweep), hand_out(scheduler, sweep)
+    scheduler.lose(late)
+    scheduler.complete(hand_out(scheduler, sweep), 0)  # the same point, by another
+    scheduler.lose(lost)
+    scheduler.upsert_sweep(1, {"id": sweep, "state": "CANCELED"})
+    for run, why in ((late, "superseded"), (lost, "cancel")):
+        scheduler.revive(again(scheduler, run))
+        assert (again(scheduler, run)["state"], again(scheduler, run)["stop_why"]) == ("running", why)
+    assert scheduler.sweep(sweep)["state"] == "CANCELED"
+
+
+@pytest.mark.parametrize("before, after", [("FINISHED", "RUNNING"), ("PAUSED", "PAUSED"), ("CANCELED", "CANCELED")])
+def test_a_run_heard_again_wakes_a_finished_sweep_alone(scheduler, before, after):
+    sweep = sweep_of(scheduler)
+    run = hand_out(scheduler, sweep)
+    scheduler.lose(run)
+    scheduler.store.update("point", run["point"], status="lost")
+    scheduler.store.update("sweep", sweep, state=before)
+    scheduler.revive(again(scheduler, run))
+    assert scheduler.sweep(sweep)["state"] == after
+
+
+def test_a_run_that_ended_while_it_was_counted_as_silent_stays_ended(scheduler):
+    run = hand_out(scheduler, sweep_of(scheduler))
+    scheduler.complete(run, 0)
+    scheduler.lose(run)  # with the row as it was before
+    assert again(scheduler, run)["state"] == "finished"
+
+
+def test_the_number_of_a_deleted_run_is_not_given_out_again(runs):
+    last = runs.get(1, "r3")["id"]
+    with runs.store.write() as db:
+        db.execute("DELETE FROM run WHERE id=?", (last,))
+    assert runs.create(1, "new", state="running") == last + 1
+
+
+# -- permissions ------------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_believes_no_host_header(tmp_path, monkeypatch):
+    from starlette.datastructures import URL
+    from starlette.requests import HTTPConnection
+
+    # What starlette below 1.0.1 makes of the header `Host: x/healthz?`.
+    monkeypatch.setattr(HTTPConnection, "url", property(lambda self: URL(f"http://x/healthz?{self.scope['path']}")))
+    served = app.build(app.Settings(tmp_path, "k" * 40))
+    scope = {"type": "http", "root_path": "", "query_string": b"", "scheme": "http",
+             "headers": [(b"host", b"x/healthz?")], "server": ("127.0.0.1", 1), "http_version": "1.1"}
+    answers = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        answers.append(message)
+
+    for method, path, status in (("GET", "/", 401), ("GET", "/local/p", 401), ("GET", "/healthz", 200)):
+        answers.clear()
+        asyncio.run(served({**scope, "method": method, "path": path}, receive, send))
+        assert answers[0]["status"] == status, path
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -261,3 +389,15 @@ def test_a_sweep_of_bit_widths_is_drawn_with_the_projects_own_figures():
     assert drawn["heatmap"]["data"] == want["data"]
     assert {"Pareto front", "FP32"} <= {trace.get("name") for trace in drawn["pareto"]["data"]}
     assert figures.draw(rows(), "acc", "maximize")["heatmap"]["data"][0]["x"] == ["4", "8"]  # any other: our own
+
+
+def test_a_sweep_that_the_projects_figures_cannot_draw_gets_the_servers_own(monkeypatch):
+    report = pytest.importorskip("report")
+    bits = [{**row, "config": row["params"], "values": {**row["values"], "test_acc_quantized": 90.0}} for row in rows()]
+    monkeypatch.setattr(report, "pareto_figure", lambda frame: 1 / 0)
+    assert figures.draw(bits, "test_acc_quantized", "maximize")["pareto"]["data"]
+
+
+def test_a_summary_value_may_be_of_any_kind():
+    runs = [{"summary": {"acc": i, "odd": odd, "n": i}} for i, odd in enumerate([1, {"a": 1}, [2]])]
+    assert pages._summary_columns(runs, "acc") == ["acc", "n", "odd"]
