@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -379,7 +380,7 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
     lines = [
         f"Checkpoint {first['checkpoint_hash']}, FP32 {fp32:.2f} %; {first['calibration_pictures']} calibration "
         f"pictures, {first['validation_pictures']} to choose settings with, {first['test_pictures']} test pictures. "
-        f"{first['machine']}; beside: {'; '.join(sorted({r['beside'] for r in rows}))}.",
+        f"{machines(rows)}; beside: {'; '.join(sorted({r['beside'] for r in rows}))}.",
         "",
         "| w/a | tool | settings | accuracy, % | drop | bytes on disk | s to quantize | pictures/s | arithmetic |",
         "|---|---|---|---:|---:|---:|---:|---:|---|",
@@ -398,6 +399,16 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
         lines += ["", f"Offered, not measured on this checkpoint yet: {listed}."]
     notes = {r["note"] for r in rows if r["note"]}
     return "\n".join([*lines, *(f"\n{note}" for note in sorted(notes))]) + "\n"
+
+
+def machines(rows: Sequence[Mapping[str, str]]) -> str:
+    """The machine that most rows come from, and which rows come from others: times compare on one machine only."""
+    (most, _), *others = Counter(row["machine"] for row in rows).most_common()
+    told = [most]
+    for name, _ in others:
+        here = ", ".join(f"{row['tool']} {row['bits']}" for row in rows if row["machine"] == name)
+        told.append(f"on {name}, whose times do not compare with these: {here}")
+    return "; ".join(told)
 
 
 def table_line(row: Mapping[str, str], fp32: float) -> str:

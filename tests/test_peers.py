@@ -60,6 +60,12 @@ def test_page_orders_rows_and_shows_failures(peers) -> None:
     assert "fails: no / such thing" in lines[3]
 
 
+def test_rows_of_another_machine_are_told(peers) -> None:
+    rows = [row(peers, tool, "4/8", 90.0, 1, machine=m) for tool, m in (("aimet", "A"), ("ours", "B"), ("quanto", "A"))]
+    assert peers.machines(rows) == "A; on B, whose times do not compare with these: ours 4/8"
+    assert peers.machines(rows[:1]) == "A"
+
+
 def test_a_worker_that_fails_is_one_line(peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "export", lambda settings, material: tmp_path)
     monkeypatch.setattr(peers, "environment", lambda folder, tool: Path("/bin/false"))
