@@ -32,12 +32,14 @@ PANELS = (8, 4)  # bits of the activations
 LOWEST = 72.0  # percent; what is less accurate is told in words
 OURS = {  # name of a line → its methods
     "ours": ("auto",),
-    "ours, entropy coding and mixed bits": ("auto+entropy", "auto+entropy+mixed"),
+    "ours, entropy coding": ("auto+entropy",),
+    "ours, mixed bits and entropy coding": ("auto+entropy+mixed",),
     "ours, plain method": ("plain",),
 }
 STYLES = {  # color, marker, line
     "ours": ("#1d4e89", "o", "-"),
-    "ours, entropy coding and mixed bits": ("#1d4e89", "*", "-"),
+    "ours, entropy coding": ("#1d4e89", "d", "-"),
+    "ours, mixed bits and entropy coding": ("#1d4e89", "*", "-"),
     "ours, plain method": ("#7f9fc4", "o", ":"),
     "onnxruntime": ("#c2410c", "s", "--"),
     "nncf": ("#444444", "D", "--"),
@@ -113,13 +115,17 @@ def draw(panels: Sequence[Series], fp32: float, settings: Settings) -> None:
     figure = Figure(figsize=(13, 5.6), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
+    sizes = [point.size for lines in panels for points in lines.values() for point in points]
     for ax, bits, lines in zip(axes, PANELS, panels, strict=True):
         ax.axhline(fp32, color=report.REFERENCE, linewidth=1, linestyle=(0, (1, 2)))
-        ax.text(9.8, fp32 + 0.15, f"FP32 {fp32:.2f} %", fontsize=10, color=report.REFERENCE, ha="right")
+        ax.annotate(
+            f"FP32 {fp32:.2f} %", (1, fp32), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+            textcoords="offset points", ha="right", fontsize=10, color=report.REFERENCE,
+        )  # fmt: skip
         for name in [name for name in STYLES if lines.get(name)]:
             draw_line(ax, name, lines[name])
         ax.set_xscale("log")
-        ax.set_xlim(0.34, 10)
+        ax.set_xlim(0.87 * min(sizes), 1.12 * max(sizes))
         ax.set_ylim(LOWEST, fp32 + 1.2)
         ax.set_xticks([0.4, 0.6, 1, 1.5, 2.5, 4, 9])
         ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))

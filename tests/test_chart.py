@@ -37,7 +37,7 @@ PEERS = [
 def test_lines_are_means_over_seeds_and_peers_without_failures(chart):
     lines = chart.ours(frame(), 8)
     assert lines["ours"] == [chart.Point(2.5, 90.0, "8"), chart.Point(1.25, 88.5, "4")]
-    assert lines["ours, entropy coding and mixed bits"] == [chart.Point(0.4, 87.0, "1.5")]
+    assert lines["ours, mixed bits and entropy coding"] == [chart.Point(0.4, 87.0, "1.5")]
     assert chart.others(PEERS, 8) == {"quanto": [chart.Point(1.5, 86.5, "4"), chart.Point(1.0, 50.0, "2")]}
     assert not any(chart.ours(frame(), 4).values())
 
