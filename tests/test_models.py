@@ -61,3 +61,13 @@ def test_a_skeleton_takes_no_memory_and_no_random_numbers():
     state = torch.get_rng_state()
     assert {p.device.type for p in skeleton(Architecture()).state_dict().values()} == {"meta"}
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_tools_that_trace_the_network_find_ordinary_convolutions():
+    """AIMET and Brevitas (benchmarks/peers.py) go by torch.fx."""
+    model = MobileNetV2(Architecture(10, 0.1)).eval()
+    traced = torch.fx.symbolic_trace(model)
+    called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    assert {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)} <= called
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(traced(x), model(x))
