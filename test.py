@@ -220,16 +220,14 @@ def main() -> int:
 def grid(settings: Settings) -> list[Settings]:
     """One Settings per combination of the bits; several points cannot share one --save-packed."""
     pairs = list(itertools.product(settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,)))
-    if len(pairs) > 1 and (settings.save_packed or settings.packed):
-        name = "--save-packed" if settings.save_packed else "--packed"
-        raise UserError(f"{name} goes with one pair of bits, not with a grid of {len(pairs)}")
     if len(pairs) > 1:
+        if settings.save_packed or settings.packed or settings.mixed:
+            name = "--save-packed" if settings.save_packed else "--packed" if settings.packed else "mixed precision"
+            raise UserError(f"{name} goes with one pair of bits, not with a grid of {len(pairs)}")
         if settings.plot.suffix == ".html":
             raise UserError(f"--plot is {settings.plot}; expected a .png, the .html is written beside it")
         for path in (settings.plot, settings.plot.with_suffix(".html")):
             check_writable(path)
-    if len(pairs) > 1 and settings.mixed:
-        raise UserError(f"mixed precision goes with one pair of bits, not with a grid of {len(pairs)}")
     points = [dataclasses.replace(settings, weight_quant_bits=(w,), activation_quant_bits=(a,)) for w, a in pairs]
     if settings.mixed and not settings.packed:
         point_of(points[0])  # what does not go together is told before anything is loaded
