@@ -139,7 +139,7 @@ FINISHED_BYTES = 10_000  # the file that stands for a finished run is smaller, o
 @dataclass(frozen=True)
 class Run:
     """What a run works with. train, val, test lie on the device; state is what changes; digest is that of train,
-    val_digest that of val; split_seed drew val."""
+    val_digest that of val; split_seed drew val; title is the command line that the run was begun with."""
 
     settings: Settings
     recipe: training.Recipe
@@ -152,6 +152,7 @@ class Run:
     digest: str
     val_digest: str
     split_seed: int
+    title: str
     tuning: qat.FineTuning | None = None
 
     @property
@@ -181,7 +182,7 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     forward = compiled(state.model, device) if settings.compile else state.model
     criterion = run.tuning and qat.distillation(run.tuning.teacher, settings.distill, recipe.label_smoothing)
     with (
-        open_log(log_path(settings), command(settings), state.epoch if saved else None) as log,
+        open_log(log_path(settings), run.title, state.epoch if saved else None) as log,
         signals_caught() as signals,
         pace.new_bar() as bar,
     ):
@@ -270,6 +271,7 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
         data.split_checksum(rest),
         data.split_checksum(val),
         split_seed,
+        saved.get("title", command(settings)) if saved else command(settings),
         tuning,
     )
     if saved:
@@ -450,6 +452,7 @@ def save_state(run: Run) -> None:
         "finished": False,
         "normalization": dataclasses.asdict(run.normalization),
         "data": run.digest,
+        "title": run.title,
         **training.to_dict(run.state),
     }
     checkpoints.write_torch(resume_path(run.settings), content)

@@ -1,5 +1,6 @@
 """Training: schedule, averages, and above all that a run cut anywhere ends as the uninterrupted one, to the bit."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -464,6 +465,24 @@ def test_measuring_costs_changes_nothing():
     assert torch.equal(numbers, torch.get_rng_state()) and model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert pace.size_costs(model, (32,), 16) == (1.0,)
+
+
+def test_a_resumed_run_goes_on_in_its_part_of_the_log(pictures, tmp_path):
+    """Also with another limit on the clock, and more than once."""
+    one = settings(pictures, tmp_path, epochs=3)
+    for minutes, epochs in ((0.0, 1), (50.0, 2), (60.0, 3)):
+        seen = []
+
+        def stop(row: Epoch, seen=seen, epochs=epochs) -> None:
+            seen.append(row)
+            if row.epoch == epochs < 3:
+                raise KeyboardInterrupt
+
+        again = dataclasses.replace(one, max_minutes=minutes, resume=epochs > 1)
+        with pytest.raises(KeyboardInterrupt) if epochs < 3 else contextlib.nullcontext():
+            train.train(again, stop)
+    lines = (tmp_path / "training_log.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["#", "epoch", "1", "2", "3"]
 
 
 def test_a_run_that_is_over_gives_back_its_checkpoint_without_validation(pictures, tmp_path):
