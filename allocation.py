@@ -23,7 +23,7 @@ from torch import Tensor
 import compression
 import entropy as entropy_coder
 import rounding
-from calibration import Plan, below_cap, observe, plain_layer, prepared, round_layer, share_of_pictures
+from calibration import Plan, observe, plain_layer, prepared, round_layer, share_of_pictures
 from errors import UserError
 from files import write_bytes
 from network import (
@@ -117,8 +117,7 @@ def value_sensitivities(
     def variants(op: Op) -> dict[int, Variant]:
         if op == network.ops[-1] or op.name not in stored:
             return {}
-        clipped = below_cap(op, seen[op.name])
-        grids = {b: activation_grid(clipped, b, op.unsigned, plan.act_range, plan.percentile) for b in choices}
+        grids = {b: activation_grid(seen[op.name], b, op.unsigned, plan.act_range, plan.percentile) for b in choices}
         return {b: lambda inputs, g=grid: fake_quantize(run_float(network, op, inputs), g) for b, grid in grids.items()}
 
     harms = output_harms(network, images[:MEASURED], variants)

@@ -96,7 +96,12 @@ def method_plan(
 
 @torch.inference_mode()
 def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0) -> dict[str, Observation]:
-    """What each value takes on over `images` (uint8 [N, 3, H, W]); about `sample` numbers of each are kept."""
+    """What each value takes on over `images` (uint8 [N, 3, H, W]); about `sample` numbers of each are kept.
+
+    The end of what ReLU6 made is 6 at the most. Equalized channels have caps of 6 and more, each its own; the quantized
+    network has none but its grid's end. Ending at 6, the grid clips before any cap does, in calibration and in
+    execution alike.
+    """
     generator = torch.Generator().manual_seed(seed)
     lows: dict[str, float] = {}
     highs: dict[str, float] = {}
@@ -107,6 +112,7 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
         y = run_float(network, op, inputs)
         flat = y.permute(0, 2, 3, 1).reshape(-1) if y.ndim == 4 else y.reshape(-1)
         low, high = (float(v) for v in flat.aminmax())
+        high = min(high, 6.0) if op.relu6 else high
         lows[op.name], highs[op.name] = min(low, lows.get(op.name, low)), max(high, highs.get(op.name, high))
         picks = torch.randint(len(flat), (min(per_chunk, len(flat)),), generator=generator)
         kept.setdefault(op.name, []).append(flat[picks])
@@ -123,18 +129,8 @@ def activation_grids(network: Network, seen: Mapping[str, Observation], plan: Pl
     for op in network.ops:
         bits = plan.bits_of_value(op, network.ops)
         if bits is not None:
-            clipped = below_cap(op, seen[op.name])
-            grids[op.name] = activation_grid(clipped, bits, op.unsigned, plan.act_range, plan.percentile)
+            grids[op.name] = activation_grid(seen[op.name], bits, op.unsigned, plan.act_range, plan.percentile)
     return grids
-
-
-def below_cap(op: Op, seen: Observation) -> Observation:
-    """What was seen, its end at 6 at the most where ReLU6 made it.
-
-    Equalized channels have caps of 6 and more, each its own; the quantized network has none but its grid's end. Ending
-    at 6, the grid clips before any cap does, in calibration and in execution alike.
-    """
-    return replace(seen, high=min(seen.high, 6.0)) if op.relu6 else seen
 
 
 def plain_layer(network: Network, op: Op, plan: Plan) -> Layer:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+import sweepserver
 import tracking
 from cli import option, parse
 from errors import UserError, run_main
@@ -57,24 +58,14 @@ def embedded_server(folder: Path, port: int) -> dict[str, str]:
     ask = python("sweepserver", "env", "--data-dir", str(folder.resolve()))
     answer = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
     if answer.returncode:
-        log_path = folder / "server.log"
-        command = python("sweepserver", "--data-dir", str(folder.resolve()), "--port", str(port))
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(log_path, "w") as log:  # without its stdout, which tells the key
-                server = subprocess.Popen(
-                    command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
-                )
+            server = sweepserver.launch(folder.resolve(), port=port, wait=60, detached=True)
         except OSError as error:
             raise UserError(f"--server-dir {folder}: cannot write there ({error.strerror})") from None
-        for _ in range(60):
-            answer = subprocess.run([*ask, "--wait", "1"], cwd=ROOT, capture_output=True, text=True)
-            if answer.returncode == 0 or server.poll() is not None:
-                break
-        if answer.returncode:
-            reason = (log_path.read_text().strip().splitlines() or [f"see {log_path}"])[-1]
-            raise UserError(f"the embedded server did not start: {reason}")
+        except RuntimeError as error:
+            raise UserError(f"the embedded server did not start: {str(error).splitlines()[-1]}") from None
         print(f"started the embedded server; `kill {server.pid}` ends it")
+        return server.env
     return dict(re.findall(r"^export (\w+)=(\S+)$", answer.stdout, re.MULTILINE))
 
 

@@ -411,9 +411,9 @@ def evaluate_packed(settings: Settings) -> Outcome:
     """Evaluates a packed file; what was known of the FP32 network when it was packed is in its header."""
     for field in dataclasses.fields(settings):
         made = field.metadata["group"] in ("quantization", "mixed precision")
-        if (made or field.name in ("checkpoint", "save_packed")) and getattr(settings, field.name) != field.default:
-            if getattr(settings, field.name) != (32,):
-                raise UserError(f"--packed has weights, bits and method in the file; leave {flag(field.name)} away")
+        given = getattr(settings, field.name) not in (field.default, (32,))
+        if given and (made or field.name in ("checkpoint", "save_packed")):
+            raise UserError(f"--packed has weights, bits and method in the file; leave {flag(field.name)} away")
     network, info, seconds = unpacked(settings.packed)
     try:
         known, classes, hint = dict(info["row"]), tuple(info["classes"]), info["dataset"]

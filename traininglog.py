@@ -42,14 +42,14 @@ def open_log(path: Path, command: str, after: int | None) -> Iterator[TextIO]:
     try:
         old = path.read_text() if path.exists() else ""
         lines = old.splitlines()
-        if after is not None and title in lines:
+        goes_on = after is not None and title in lines
+        if goes_on:
             start = len(lines) - lines[::-1].index(title)
             kept = lines[:start] + [line for line in lines[start:] if not is_after(line, after)]
             if kept != lines:  # otherwise the file stays: another run may be writing to it
                 write_bytes(path, ("\n".join(kept) + "\n").encode())
-            file = open(path, "a")
-        else:
-            file = open(path, "a")
+        file = open(path, "a")
+        if not goes_on:
             file.write("\n" * bool(old and not old.endswith("\n")) + f"{title}\n{COLUMNS}\n")
             file.flush()
     except (OSError, ValueError) as error:

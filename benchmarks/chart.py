@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
+import tables
 
 import report
 from cli import option, parse
-from errors import UserError, run_main
+from errors import run_main
 from report import ACCURACY, ACTIVATIONS, FP32_ACCURACY, SIZE, WEIGHTS
 
 if TYPE_CHECKING:
@@ -73,9 +74,7 @@ Series = Mapping[str, Sequence[Point]]  # name of a line → its points by falli
 
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
-    frame = report.read_results(settings.results)
-    if not report.unique(frame, "checkpoint_hash"):
-        raise UserError(f"--results {settings.results} has several checkpoints; keep the rows of one")
+    frame = tables.read_one_checkpoint(settings.results)
     checkpoint = frame["checkpoint_hash"].iloc[0]
     rows = [row for row in peers.read_rows(settings.peers) if row["checkpoint_hash"] == checkpoint]
     draw([{**ours(frame, bits), **others(rows, bits)} for bits in PANELS], frame[FP32_ACCURACY].iloc[0], settings)

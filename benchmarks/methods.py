@@ -31,6 +31,7 @@ from files import check_writable
 from quantization import QuantizedNetwork, float_network, predictor
 from reconstruction import divergence
 from subject import load
+from test import BITS
 
 CD = dict(rounding="cd", bias_correction=True)
 VARIANTS = {
@@ -45,7 +46,6 @@ VARIANTS = {
 }
 POINT = ("checkpoint_hash", "split", "weight_bits", "activation_bits", "method", "seed", "calib_pictures", "pictures")
 COLUMNS = (*POINT, "accuracy", "fp32", "kl", "seconds")
-BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
 
 @dataclass(frozen=True)

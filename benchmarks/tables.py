@@ -41,12 +41,18 @@ class Settings:
 
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
-    frame = report.read_results(settings.results)
-    if not report.unique(frame, "checkpoint_hash"):
-        raise UserError(f"--results {settings.results} has several checkpoints; keep the rows of one")
+    frame = read_one_checkpoint(settings.results)
     mark = f"written by benchmarks/{Path(__file__).name}"
     write_between(settings.readme, f"<!-- accuracies: {mark} -->", "<!-- end of accuracies -->", accuracies(frame))
     write_between(settings.page, f"<!-- drops: {mark} -->", "<!-- end of drops -->", drops(frame))
+
+
+def read_one_checkpoint(path: Path) -> "pd.DataFrame":
+    """The frame of a results file; UserError unless its rows are of one checkpoint."""
+    frame = report.read_results(path)
+    if not report.unique(frame, "checkpoint_hash"):
+        raise UserError(f"--results {path} has several checkpoints; keep the rows of one")
+    return frame
 
 
 def of(frame: "pd.DataFrame", weights: int, activations: int, method: str) -> "pd.DataFrame":

@@ -30,19 +30,20 @@ class Running:
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": self.key}
 
 
-def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) -> Running:
+def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0, detached: bool = False) -> Running:
     """Starts `python -m sweepserver` on `folder` and waits until it answers. The caller ends `process`.
 
-    What it says goes to `server.log` in the folder.
+    What it says goes to `server.log` in the folder, without the key. detached: Ctrl-C at the caller does not end it.
 
-    Raises RuntimeError with the server's own words where it does not come up.
+    Raises OSError where the folder cannot be written, and RuntimeError with the server's own words where it does not
+    come up.
     """
     command = [sys.executable, "-m", "sweepserver", "--data-dir", str(folder), "--port", str(port), *flags]
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
     log = Path(folder) / "server.log"
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out,
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out, start_new_session=detached,
                                    env={**os.environ, "PYTHONPATH": path})
     end = time.monotonic() + wait
     while time.monotonic() < end and process.poll() is None:
