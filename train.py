@@ -368,7 +368,7 @@ def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
     state, recipe, settings = run.state, run.recipe, run.settings
     seen = training.pictures_seen(state, len(run.train), recipe)
     loss, accuracy = training.epoch_means(state, seen)
-    if not math.isfinite(loss):
+    if not (math.isfinite(loss) and training.all_finite(state)):
         kept = f"{settings.save_path} is as it was before" if settings.save_path.exists() else "no checkpoint was saved"
         raise UserError(
             f"training diverged in epoch {state.epoch + 1} (loss {loss}), {kept}; "

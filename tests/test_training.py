@@ -416,6 +416,22 @@ def test_strided_depthwise_is_float32_under_a_cpus_autocast():
     assert type(training.start(plain, Recipe(), device).model) is nn.Conv2d
 
 
+def test_relu6_on_bits_is_relu6():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    numbers = every[~every.isnan()]
+    results = []
+    for relu in (nn.ReLU6(), training.BitsReLU6(inplace=True)):
+        x = numbers.clone().requires_grad_()
+        y = relu(x * 1)  # in place on a result, as behind batch norm
+        y.backward(torch.arange(len(x)).bfloat16())
+        results.append((y.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    model = training.start(MobileNetV2(Architecture(10, 0.1)), Recipe(bf16=True), torch.device("cpu")).model
+    assert sum(type(m) is training.BitsReLU6 for m in model.modules()) == 35
+    model.features[5].conv[0][1].running_mean.fill_(math.nan)
+    assert not training.all_finite(training.start(model, Recipe(), torch.device("cpu")))
+
+
 def test_no_step_waits_for_the_gpu():
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA: asks it to refuse every synchronisation within a step")
