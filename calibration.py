@@ -27,7 +27,7 @@ from quantization import (
     quantize_layer,
     weight_grid,
 )
-from reconstruction import Reconstruction, reconstruct
+from reconstruction import Reconstruction, reconstruct, tune
 
 POSITIONS = 2**18  # places of a layer's output that its least squares use; more cost time and change nothing
 # Shrunken weight ranges that coordinate descent tries besides the whole one, by bits.
@@ -37,7 +37,8 @@ SHARES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.9, 0.8, 0.7, 0.6), 4: (0.9, 0
 @dataclass(frozen=True)
 class Plan:
     """How to quantize. Bits None: FP32. edge_bits: at least so many for the first and last layer's weights and the
-    classifier's input. layer_bits, value_bits: exceptions by name of a layer, of a value (mixed precision)."""
+    classifier's input. tune: scales and biases are tuned on the FP32 network's logits, last (as `reconstruct` always
+    does). layer_bits, value_bits: exceptions by name of a layer, of a value (mixed precision)."""
 
     weight_bits: int | None = None
     activation_bits: int | None = None
@@ -49,6 +50,7 @@ class Plan:
     rounding: str = "nearest"
     bias_correction: bool = False
     equalize: bool = False
+    tune: bool = False
     edge_bits: int | None = None
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     value_bits: Mapping[str, int] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class Plan:
 
 FEW_BITS = 3  # of weights or activations: from here down, the ends get 8 bits
 EVEN_BITS = 4  # of activations: from here down, channels are equalized
+TUNE_BITS = 2  # of weights and of activations: where both have no more, scales and biases are tuned
 METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
 
 
@@ -82,7 +85,7 @@ def method_plan(
     plain: what a first textbook would do: min-max weights rounded to nearest, min-max activations, nothing corrected.
     auto: what won on validation pictures of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent with
     corrected biases; 8 bits at both ends where the rest has 3 or fewer; equalization where activations have 4 or
-    fewer. reconstruct: the same, then gradients.
+    fewer; scales and biases tuned where both have 2. reconstruct: the same, then gradients.
     """
     plan = Plan(weight_bits, activation_bits, per_channel)
     if method == "plain":
@@ -90,7 +93,8 @@ def method_plan(
     if method in ("auto", "reconstruct"):
         few = min(weight_bits or 32, activation_bits or 32) <= FEW_BITS
         even = (activation_bits or 32) <= EVEN_BITS
-        plan = replace(plan, bias_correction=True, edge_bits=8 if few else None, equalize=even)
+        tuned = method == "auto" and max(weight_bits or 32, activation_bits or 32) <= TUNE_BITS
+        plan = replace(plan, bias_correction=True, edge_bits=8 if few else None, equalize=even, tune=tuned)
     return replace(plan, rounding="cd" if method == "auto" else method), method
 
 
@@ -151,7 +155,7 @@ def quantize_network(
     """The quantized network; `images`: uint8 [N, 3, H, W], training pictures. `on_layer(name)` tells progress."""
     network, plan = prepared(network, images, plan)
     if plan.rounding == "reconstruct":
-        start = quantize_network(network, images, replace(plan, rounding="cd"))
+        start = quantize_network(network, images, replace(plan, rounding="cd", tune=False))
         return reconstruct(network, start, images, plan.reconstruction, on_layer)
     grids = activation_grids(network, observe(network, images), plan) if plan.activation_bits else {}
     quantized = replace(
@@ -162,7 +166,7 @@ def quantize_network(
     if plan.weight_bits and (plan.rounding != "nearest" or plan.bias_correction):
         layers = round_layers(network, quantized, images, plan, on_layer)
         quantized = replace(quantized, layers=layers)
-    return quantized
+    return tune(network, quantized, images, plan.reconstruction) if plan.tune else quantized
 
 
 def prepared(network: Network, images: Tensor, plan: Plan) -> tuple[Network, Plan]:

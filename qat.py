@@ -71,7 +71,9 @@ def first_tuning(
     teacher = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
     images = calibration_split(train, PICTURES, seed).images
     begun = time.perf_counter()
-    network, plan = prepared(teacher, images, method_plan("auto", weight_bits, activation_bits)[0])
+    plan = method_plan("auto", weight_bits, activation_bits)[0]
+    plan = dataclasses.replace(plan, tune=False)  # fine-tuning does that, and more
+    network, plan = prepared(teacher, images, plan)
     model = LearnedNetwork(network, quantize_network(network, images, plan))
     row = {
         "dataset": dataset.name,

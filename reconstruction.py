@@ -14,6 +14,8 @@ code may move as far as it pays. Scales of weights and values are learned (LSQ: 
 Each number inside a block, and of its input, may stay real with probability `drop` (QDrop: Wei et al. 2022, section
 4.2). The paper trains for many thousand steps; in a few hundred it makes a step dearer and showed no clear gain.
 
+`tune` is the last stage alone, from any start.
+
 Some of the pictures are held out. What a stage finds is kept only where it lowers the stage's loss there, of the
 network rounded as it will be packed; and the whole only where the divergence is lower than the start's.
 """
@@ -63,15 +65,10 @@ def reconstruct(
     on_stage(name of its last operation, loss before, loss after) for every stage, on the held-out pictures; at the end
     with the name `network` and the losses of the start and the result.
     """
-    model = LearnedNetwork(network, start).requires_grad_(False)
     generator = torch.Generator().manual_seed(settings.seed)
-    held_out = max(1, round(len(images) * settings.held_out))
-    first = network.normalization(images)
-    logits = in_chunks(lambda x: float_block(network, network.ops, x), first)
-    steps = settings.network_iterations
-    whole = Stage(model, network.ops, first, first, logits, divergence, held_out, steps, drop=0.0, with_codes=False)
-    loss_of_start = whole.hard_loss()
-    exact = quantized = first
+    whole = whole_network(network, start, images, settings)
+    model, held_out, loss_of_start = whole.model, whole.held_out, whole.hard_loss()
+    exact = quantized = whole.quantized
     for ops in blocks(network.ops):
         target = in_chunks(lambda x, ops=ops: float_block(network, ops, x), exact)
         loss = relative_error(target)
@@ -84,6 +81,20 @@ def reconstruct(
     _, loss = improve(whole, settings, generator)
     on_stage("network", loss_of_start, min(loss, loss_of_start))
     return model.quantized() if loss < loss_of_start else start
+
+
+def tune(
+    network: Network, start: QuantizedNetwork, images: Tensor, settings: Reconstruction = Reconstruction()
+) -> QuantizedNetwork:
+    """`start` with scales and biases tuned on the FP32 network's logits; its codes stay. Arguments: see `reconstruct`.
+
+    A single picture leaves none to decide by: then nothing is tuned.
+    """
+    if len(images) < 2:
+        return start
+    whole = whole_network(network, start, images, settings)
+    before, after = improve(whole, settings, torch.Generator().manual_seed(settings.seed))
+    return whole.model.quantized() if after < before else start
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,16 @@ class Stage:
         codes = [model.latent[name] for name in names if self.with_codes and name in model.weight_scales]
         tables = (model.weight_scales, model.value_scales, model.biases)
         return codes, [table[name] for table in tables for name in names if name in table]
+
+
+def whole_network(network: Network, start: QuantizedNetwork, images: Tensor, settings: Reconstruction) -> Stage:
+    """The stage of all operations, from the pictures to the logits."""
+    model = LearnedNetwork(network, start).requires_grad_(False)
+    held_out = max(1, round(len(images) * settings.held_out))
+    first = network.normalization(images)
+    logits = in_chunks(lambda x: float_block(network, network.ops, x), first)
+    steps = settings.network_iterations
+    return Stage(model, network.ops, first, first, logits, divergence, held_out, steps, drop=0.0, with_codes=False)
 
 
 def blocks(ops: Sequence[Op]) -> list[tuple[Op, ...]]:

@@ -98,6 +98,9 @@ class Settings:
     equalize: bool | None = option(
         None, "channels of about equal range, where activations are quantized", group="quantization"
     )
+    tune: bool | None = option(
+        None, "scales and biases tuned with gradients on the FP32 network's logits, last", group="quantization"
+    )
     edge_bits: int | None = option(
         None,
         "at least so many bits in the first and the last layer; 0: no exception",
@@ -256,6 +259,7 @@ def point_of(settings: Settings) -> Point:
         activation_bits = activation_bits or MIXED_BITS[1]
     names = ["weight_range", "bias_correction"] if weight_bits else []  # FP32 layers have nothing to change
     names += ["act_range", "equalize"] if activation_bits else []
+    names += ["tune"] if weight_bits or activation_bits else []
     changes = {n: getattr(settings, n) for n in (*names, "edge_bits") if getattr(settings, n) is not None}
     plan, method = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
     plan = dataclasses.replace(plan, symmetric=settings.symmetric, layer_bits=layers, value_bits=values, **changes)

@@ -43,6 +43,7 @@ VARIANTS = {
     "cd+bc+edge": dict(**CD, edge_bits=8),
     "cd+bc+eq": dict(**CD, equalize=True),
     "cd+bc+eq+edge": dict(**CD, equalize=True, edge_bits=8),
+    "cd+bc+eq+edge+tune": dict(**CD, equalize=True, edge_bits=8, tune=True),
 }
 POINT = ("checkpoint_hash", "split", "weight_bits", "activation_bits", "method", "seed", "calib_pictures", "pictures")
 COLUMNS = (*POINT, "accuracy", "fp32", "kl", "seconds")

@@ -10,7 +10,7 @@ from compression import load_packed, save_packed
 from learned import LearnedNetwork
 from network import INPUT, Network, forward
 from quantization import QuantizedNetwork, predictor
-from reconstruction import Reconstruction, blocks, divergence, float_block, reconstruct
+from reconstruction import Reconstruction, blocks, divergence, float_block, reconstruct, tune
 
 FAST = Reconstruction(iterations=8, network_iterations=8, batch_size=8, held_out=0.25, code_rate=0.03, drop=0.5)
 
@@ -103,6 +103,20 @@ def test_no_iterations_change_nothing() -> None:
     network, images = small_network()
     start = start_of(network, images, 4, None)
     assert_same(reconstruct(network, start, images, Reconstruction(iterations=0, network_iterations=0)), start)
+
+
+def test_tuning_comes_closer_and_moves_no_code() -> None:
+    """Oracle: quantization.py's forward pass, on the pictures that decided."""
+    network, images = small_network()
+    start = start_of(network, images, 2, 2)
+    settings = Reconstruction(network_iterations=20, batch_size=8, held_out=0.25, scale_rate=0.01)
+    result = tune(network, start, images, settings)
+    decided = images[-len(images) // 4 :]
+    logits = forward(network, decided)
+    before, after = (float(divergence(predictor(q)(decided), logits)) for q in (start, result))
+    assert after < before
+    assert all(torch.equal(result.layers[name].codes, layer.codes) for name, layer in start.layers.items())
+    assert tune(network, start, images[:1]) is start
 
 
 def test_a_step_too_far_is_taken_back() -> None:
