@@ -35,23 +35,26 @@ class Settings:
     """The command line of tables.py."""
 
     results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
+    first: Path = option(HERE / "results_first.csv", "the same of the network on which the methods were chosen")
     readme: Path = option(HERE.parent / "README.md", "gets the table of accuracies")
-    page: Path = option(HERE / "README.md", "gets the table of points below FP32")
+    page: Path = option(HERE / "README.md", "gets the tables of points below FP32")
 
 
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     frame = read_one_checkpoint(settings.results)
+    first = read_one_checkpoint(settings.first, "--first")
     mark = f"written by benchmarks/{Path(__file__).name}"
     write_between(settings.readme, f"<!-- accuracies: {mark} -->", "<!-- end of accuracies -->", accuracies(frame))
-    write_between(settings.page, f"<!-- drops: {mark} -->", "<!-- end of drops -->", drops(frame))
+    for name, rows in (("drops", frame), ("drops of the first network", first)):
+        write_between(settings.page, f"<!-- {name}: {mark} -->", f"<!-- end of {name} -->", drops(rows))
 
 
-def read_one_checkpoint(path: Path) -> "pd.DataFrame":
-    """The frame of a results file; UserError unless its rows are of one checkpoint."""
+def read_one_checkpoint(path: Path, flag: str = "--results") -> "pd.DataFrame":
+    """The frame of the results file that `flag` names; UserError unless its rows are of one checkpoint."""
     frame = report.read_results(path)
     if not report.unique(frame, "checkpoint_hash"):
-        raise UserError(f"--results {path} has several checkpoints; keep the rows of one")
+        raise UserError(f"{flag} {path} has several checkpoints; keep the rows of one")
     return frame
 
 
