@@ -230,11 +230,7 @@ def load(name: str, root: Path) -> Dataset:
 def write_cache(path: Path, dataset: Dataset, fingerprint: str) -> None:
     from safetensors.torch import save_file
 
-    tensors = {
-        f"{part}.{kind}": getattr(getattr(dataset, part), kind).contiguous()
-        for part in ("train", "test")
-        for kind in ("images", "labels")
-    }
+    tensors = named_tensors(dataset)
     metadata = {
         "version": CACHE_VERSION,
         "name": dataset.name,
@@ -256,6 +252,19 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def split_checksum(split: Split) -> str:
     """CRC-32 of a split on the CPU: the same pictures in the same order."""
     return checksum({"images": split.images, "labels": split.labels})
+
+
+def dataset_checksum(dataset: Dataset) -> str:
+    """CRC-32 of both splits, as its cache has it: results on other pictures are other results."""
+    return checksum(named_tensors(dataset))
+
+
+def named_tensors(dataset: Dataset) -> dict[str, Tensor]:
+    return {
+        f"{part}.{kind}": getattr(getattr(dataset, part), kind).contiguous()
+        for part in ("train", "test")
+        for kind in ("images", "labels")
+    }
 
 
 def read_cache(path: Path, name: str, fingerprint: str) -> Dataset | None:

@@ -74,7 +74,8 @@ def read_results(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        return to_frame(pd.read_csv(path).to_dict("records"))
+        text = dict.fromkeys(("checkpoint_hash", "dataset_crc32"), str)  # eight digits may be decimal ones
+        return to_frame(pd.read_csv(path, dtype=text).to_dict("records"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; test.py writes it, see --output") from None
     except (ValueError, UnicodeDecodeError) as error:

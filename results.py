@@ -39,7 +39,9 @@ COLUMNS = (
     "checkpoint_hash",
     "method",
     "calib_pictures",
+    "dataset_crc32",
 )
+OLDER = COLUMNS[:-1]  # files from before dataset_crc32 are read and added to
 # A point of a grid is done when a row agrees with it in these.
 KEY = (
     "dataset",
@@ -51,11 +53,12 @@ KEY = (
     "seed",
     "method",
     "calib_pictures",
+    "dataset_crc32",
 )
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file as text; none where there is no file yet."""
+    """The rows of a results file as text; none where there is no file yet. What an older file lacks is empty."""
     try:
         text = Path(path).read_text()
     except FileNotFoundError:
@@ -63,9 +66,9 @@ def read(path: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--output {path} cannot be read ({error}); give another file") from None
     reader = csv.DictReader(io.StringIO(text))
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    if tuple(reader.fieldnames or ()) not in (COLUMNS, OLDER):
         raise UserError(f"--output {path} has other columns than this program's results; give another file")
-    return list(reader)
+    return [dict.fromkeys(COLUMNS, "") | row for row in reader]
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

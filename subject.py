@@ -17,13 +17,15 @@ from network import Network, fold_batch_norm, to_device
 
 @dataclass(frozen=True)
 class Subject:
-    """dataset: its name. hash: of the checkpoint's file, short. The network is on the CPU, batch norm folded."""
+    """dataset: its name; dataset_crc32: of its pictures and labels. hash: of the checkpoint's file, short. The network
+    is on the CPU, batch norm folded."""
 
     path: Path
     hash: str
     checkpoint: Checkpoint
     network: Network
     dataset: str
+    dataset_crc32: str
     train: data.Split
     validation: data.Split
     test: data.Split
@@ -37,7 +39,8 @@ def load(path: Path | None, dataset: str | None, data_dir: Path, validation: boo
     pictures = load_data(dataset, data_dir, checkpoint.dataset, checkpoint.classes)
     splits = split_as_trained(checkpoint, pictures.train, validation)
     network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
-    return Subject(path, checkpoints.short_hash(path), checkpoint, network, pictures.name, *splits, pictures.test)
+    named = pictures.name, data.dataset_checksum(pictures)
+    return Subject(path, checkpoints.short_hash(path), checkpoint, network, *named, *splits, pictures.test)
 
 
 def default_checkpoint() -> Path:

@@ -326,7 +326,7 @@ def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> O
         point = with_mean_bits(point, quantized)
     calib_seconds = time.perf_counter() - begun
     info = described(settings, subject, fp32, point)
-    row = {**info["row"], "calib_seconds": calib_seconds}
+    row = {**info["row"], "dataset_crc32": subject.dataset_crc32, "calib_seconds": calib_seconds}
     sizes = save_packed(quantized, path, info, entropy=settings.entropy)
     assert not settings.target_size_mb or sizes.total_bytes <= settings.target_size_mb * 1e6, "the file is too large"
     network, _, seconds = unpacked(path)
@@ -342,6 +342,7 @@ def described(settings: Settings, subject: Subject, fp32: Score, point: Point) -
         "width_mult": subject.checkpoint.architecture.width_mult,
         "test_acc_fp32": fp32.accuracy,
     }
+    del row["dataset_crc32"]  # of the evaluation: --packed may be given other pictures
     return {"row": row, "classes": subject.checkpoint.classes, "dataset": subject.checkpoint.dataset}
 
 
@@ -363,8 +364,7 @@ def search(settings: Settings, subject: Subject, fp32: Score, point: Point) -> t
             return quantize_network(network, images, dataclasses.replace(plan, layer_bits=bits), on_layer)
 
     def size(quantized: QuantizedNetwork) -> int:
-        longest = dataclasses.replace(point, weight_bits=2.22, activation_bits=point.activation_bits and 2.22)
-        info = described(settings, subject, fp32, longest)
+        info = described(settings, subject, fp32, with_mean_bits(point, quantized))
         with tempfile.TemporaryDirectory() as folder:
             return save_packed(quantized, Path(folder) / "one", info, entropy=settings.entropy).total_bytes
 
@@ -432,6 +432,7 @@ def evaluate_packed(settings: Settings) -> Outcome:
         {name: None for name in results.COLUMNS}
         | known
         | {"batch_size": settings.batch_size, "dataset": dataset.name, "calib_seconds": 0.0}
+        | {"dataset_crc32": data.dataset_checksum(dataset)}
         | measured(settings, network, dataset.test, fp32)
         | size_cells(sizes)
     )
@@ -467,6 +468,7 @@ def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, An
         "seed": settings.seed,
         "method": point.method,
         "calib_pictures": pictures(settings, subject) if quantized else 0,
+        "dataset_crc32": subject.dataset_crc32,
     }
 
 

@@ -117,6 +117,7 @@ class Material:
 
     path: Path
     hash: str
+    dataset_crc32: str
     checkpoint: Checkpoint
     network: Network
     parts: Mapping[str, data.Split]  # calibration, validation, test
@@ -131,6 +132,7 @@ def main() -> None:
     material = load(settings)
     common = {
         "checkpoint_hash": material.hash,
+        "dataset_crc32": material.dataset_crc32,
         "seed": settings.seed,
         **{f"{part}_pictures": len(split) for part, split in material.parts.items()},
         "machine": machine(),
@@ -174,7 +176,8 @@ def load(settings: Settings) -> Material:
         "validation": data.calibration_split(subject.validation, settings.val_pictures, settings.seed),
         "test": data.calibration_split(subject.test, limit, settings.seed) if limit else subject.test,
     }
-    return Material(subject.path, subject.hash, subject.checkpoint, subject.network, parts)
+    named = subject.path, subject.hash, subject.dataset_crc32
+    return Material(*named, subject.checkpoint, subject.network, parts)
 
 
 # --------------------------------------------------------------------------------------------------------------- ours
@@ -226,6 +229,7 @@ def from_grid(settings: Settings, common: Mapping[str, Any], tool: str, bits: st
         "weight_per_channel": "True",
         "method": OURS[tool],
         "checkpoint_hash": common["checkpoint_hash"],
+        "dataset_crc32": common["dataset_crc32"],
         "calib_pictures": str(common["calibration_pictures"]),
         "seed": str(common["seed"]),
     }

@@ -37,17 +37,22 @@ class Settings:
     results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
     first: Path = option(HERE / "results_first.csv", "the same of the network on which the methods were chosen")
     readme: Path = option(HERE.parent / "README.md", "gets the table of accuracies")
-    page: Path = option(HERE / "README.md", "gets the tables of points below FP32")
+    page: Path = option(HERE / "README.md", "gets the tables of points below FP32 and of entropy-coded files")
 
 
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     frame = read_one_checkpoint(settings.results)
     first = read_one_checkpoint(settings.first, "--first")
-    mark = f"written by benchmarks/{Path(__file__).name}"
-    write_between(settings.readme, f"<!-- accuracies: {mark} -->", "<!-- end of accuracies -->", accuracies(frame))
-    for name, rows in (("drops", frame), ("drops of the first network", first)):
-        write_between(settings.page, f"<!-- {name}: {mark} -->", f"<!-- end of {name} -->", drops(rows))
+    write_table(settings.readme, "accuracies", accuracies(frame))
+    write_table(settings.page, "drops", drops(frame))
+    write_table(settings.page, "drops of the first network", drops(first))
+    write_table(settings.page, "entropy-coded files", coded([frame, first]))
+
+
+def write_table(page: Path, name: str, table: str) -> None:
+    begin = f"<!-- {name}: written by benchmarks/{Path(__file__).name} -->"
+    write_between(page, begin, f"<!-- end of {name} -->", table)
 
 
 def read_one_checkpoint(path: Path, flag: str = "--results") -> "pd.DataFrame":
@@ -96,6 +101,21 @@ def drops(frame: "pd.DataFrame") -> str:
         cells = [spread(part[FP32_ACCURACY] - part[ACCURACY]) if len(part) else "" for part in rows]
         lines.append(f"| {pair} | {aim} | {' | '.join(cells)} |")
     lines += ["", f"FP32 {frame[FP32_ACCURACY].iloc[0]:.2f} %."]
+    return "\n".join(lines) + "\n"
+
+
+def coded(frames: "Sequence[pd.DataFrame]") -> str:
+    """Every entropy-coded file of each network (a frame each), the smallest first."""
+    lines = ["| FP32, % | bits of weights | of activations | bytes | smaller than FP32 | points below FP32 |"]
+    lines.append("|---:" * 6 + "|")
+    for frame in frames:
+        rows = frame[frame["method"].str.contains("entropy")].sort_values("packed_bytes")
+        for row in rows.to_dict("records"):
+            mean = f"{row[WEIGHTS]:.2f} on average" if "mixed" in row["method"] else f"{row[WEIGHTS]:g}"
+            lines.append(
+                f"| {row[FP32_ACCURACY]:.2f} | {mean} | {row[ACTIVATIONS]:g} | {row['packed_bytes']:,.0f} "
+                f"| {row[RATIO]:.2f} times | {row[FP32_ACCURACY] - row[ACCURACY]:.2f} |"
+            )
     return "\n".join(lines) + "\n"
 
 

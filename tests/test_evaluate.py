@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_a_grid_goes_on_where_it_stopped(call, program, monkeypatch):
     assert sizes["2"] < sizes["8"]
 
 
+def test_the_same_grid_on_other_pictures_is_measured(call, pictures):
+    shutil.copytree(pictures, "other")
+    next((Path("other") / "test" / "class0").iterdir()).unlink()
+    grid = ["--weight-bits", "8,4", "--rounding", "plain"]
+    assert call(*grid)[0] == 0
+    assert "already" not in call(*grid, "--data-dir", "other", data=False)[1]
+    assert "2 of 2 points are in results.csv already" in call(*grid)[1]
+    assert len({r["dataset_crc32"] for r in results.read(Path("results.csv"))}) == 2
+
+
 def test_batch_size_changes_no_accuracy(call):
     for size in ("1", "5", "256"):
         assert call("--weight-bits", "3", "--act-bits", "3", "--batch-size", size, "--calib-batches", "1")[0] == 0
@@ -113,11 +124,13 @@ def test_a_packed_file_needs_nothing_else(call):
 def test_mixed_precision_keeps_its_promise_and_comes_back(call, flags, column, most):
     target, others = flags[:2], [*flags[2:], "--calib-batches", "1", "--bits-file", "b.yaml", "--rounding", "nearest"]
     assert call(*target, *others)[0] == 0
-    assert Path("b.yaml").read_text().startswith("# Bits of each layer and value")
+    notes = Path("b.yaml").read_text()
+    assert notes.startswith("# Bits of each layer and value")
     assert call(*others)[0] == 0, call(*others)[2]
     searched, read = results.read(Path("results.csv"))
     assert 0.8 * most < float(searched[column]) <= most or column == "acc_drop"
     assert {k for k in read if read[k] != searched[k]} <= {"calib_seconds", "eval_seconds", "images_per_second"}
+    assert target[0] == "--target-activation-bits" or f"# Packed file: {read['packed_bytes']} bytes." in notes
     assert "mixed" in read["method"] and 1 <= float(read["weight_quant_bits"]) < 8
 
 

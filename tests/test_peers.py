@@ -66,6 +66,22 @@ def test_rows_of_another_machine_are_told(peers) -> None:
     assert peers.machines(rows[:1]) == "A"
 
 
+def test_ours_come_from_a_grid_of_the_same_checkpoint_and_pictures(peers, tmp_path: Path) -> None:
+    import results
+
+    path, zeros = tmp_path / "results.csv", dict.fromkeys(results.COLUMNS, 0)
+    cells = dict(weight_quant_bits=4, activation_quant_bits=None, weight_per_channel=True, method="auto")
+    cells |= dict(checkpoint_hash="abc", dataset_crc32="def", calib_pictures=512, test_acc_quantized=90.5)
+    results.append(path, zeros | cells)
+    common = dict(checkpoint_hash="abc", dataset_crc32="def", calibration_pictures=512, seed=0)
+    settings = peers.Settings(grid=path)
+    found = peers.from_grid(settings, common, "ours", "4/32")
+    assert found["accuracy"] == 90.5 and found["arithmetic"] == "float"
+    for other in ({"dataset_crc32": "other"}, {"checkpoint_hash": "other"}, {"seed": 1}):
+        assert peers.from_grid(settings, common | other, "ours", "4/32") is None
+    assert peers.from_grid(settings, common, "ours-plain", "4/32") is None
+
+
 def test_a_worker_that_fails_is_one_line(peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "export", lambda settings, material: tmp_path)
     monkeypatch.setattr(peers, "environment", lambda folder, tool: Path("/bin/false"))

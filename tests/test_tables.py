@@ -34,3 +34,13 @@ def test_accuracies_and_drops(tables):
     assert lines[0] == "| w/a | aim | auto, 512 pictures | plain, 512 pictures |"
     assert "| 4/8 | 0.4 | 0.75 ± 0.35 | 2.00 |" in lines and "| 4/4 | 2.0 | 5.00 |  |" in lines
     assert lines[-1] == "FP32 90.00 %."
+
+
+def test_coded_files_are_told_smallest_first(tables):
+    made = [dict(rows()[0], method="auto+entropy", packed_bytes=1_000_000, weight_quant_bits=4)]
+    made += [dict(made[0], method="auto+entropy+mixed", packed_bytes=500_000, weight_quant_bits=2.5), rows()[0]]
+    lines = tables.coded([report.to_frame(made)]).splitlines()[2:]
+    assert lines == [
+        "| 90.00 | 2.50 on average | 8 | 500,000 | 9.00 times | 1.00 |",
+        "| 90.00 | 4 | 8 | 1,000,000 | 9.00 times | 1.00 |",
+    ]
