@@ -239,14 +239,14 @@ def fetch_sweep(
 ) -> SweepResults:
     """A sweep (its id, or entity/project/id) through `wandb.Api()`; without one, the latest sweep.
 
-    With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a sweep that has ended without a
-    missing point is read from it the next time, with or without a server. One that misses points may have been resumed:
-    it is asked for anew, and read from the cache only where no server answers.
+    With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a grid that has ended without a
+    missing point is read from it the next time, with or without a server. Any other sweep that has ended may have been
+    resumed: it is asked for anew, and read from the cache only where no server answers.
     """
     if sweep and sweep.count("/") == 2:
         entity, project, sweep = sweep.split("/")
     kept = read_cache(cache, sweep) if cache and sweep else None
-    if kept is None or not ended(kept) or len(sweep_results(kept).missing):
+    if kept is None or not complete(kept):
         try:
             kept = tracking.read_sweep(entity, project, sweep, SIZE_TABLE, WEIGHTS)
         except UserError:
@@ -262,6 +262,12 @@ def ended(read: Mapping[str, Any]) -> bool:
     """Whether nothing more will come: W&B calls a sweep finished when its last run has been given out."""
     going = any(run["state"] in ("running", "pending", "preempting") for run in read["runs"])
     return read["state"] in ("FINISHED", "CANCELED", "CANCELLED") and not going
+
+
+def complete(read: Mapping[str, Any]) -> bool:
+    """Whether it is a grid that has ended, with every point: nothing would come if it was resumed."""
+    results = sweep_results(read)
+    return ended(read) and bool(results.grid) and not len(results.missing)
 
 
 def read_cache(folder: Path, sweep: str) -> dict[str, Any] | None:

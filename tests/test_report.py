@@ -257,17 +257,19 @@ WHOLE = [*RUNS, run("other", 8, 93.0, "2026-01-01T13:00:00Z")]
 
 
 @pytest.mark.parametrize(
-    "state, runs, reads",
+    "state, runs, changes, reads",
     [
-        ("FINISHED", WHOLE, 1),
-        ("FINISHED", RUNS, 2),  # a point is missing: somebody may have resumed it
-        ("RUNNING", WHOLE, 2),
-        ("FINISHED", [*WHOLE, run("live", 8, 1.0, "2026-01-02T00:00:00Z", "running")], 2),
+        ("FINISHED", WHOLE, {}, 1),
+        ("FINISHED", RUNS, {}, 2),  # a point is missing: somebody may have resumed it
+        ("FINISHED", WHOLE, dict(method="random"), 2),  # these may be resumed as well
+        ("FINISHED", WHOLE, dict(run_cap=2), 2),
+        ("RUNNING", WHOLE, {}, 2),
+        ("FINISHED", [*WHOLE, run("live", 8, 1.0, "2026-01-02T00:00:00Z", "running")], {}, 2),
     ],
 )
-def test_only_an_ended_and_whole_sweep_is_taken_from_the_cache(tmp_path, monkeypatch, state, runs, reads):
+def test_only_an_ended_and_whole_grid_is_taken_from_the_cache(tmp_path, monkeypatch, state, runs, changes, reads):
     asked = []
-    monkeypatch.setattr(report.tracking, "read_sweep", lambda *a: asked.append(a) or read(runs, state))
+    monkeypatch.setattr(report.tracking, "read_sweep", lambda *a: asked.append(a) or read(runs, state, **changes))
     first = report.fetch_sweep("me", "p", "s1", tmp_path)
     second = report.fetch_sweep("me", "p", "s1", tmp_path)
     assert len(asked) == reads

@@ -286,6 +286,15 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path):
 # -- permissions ------------------------------------------------------------------------------------------------------
 
 
+def test_the_clients_telemetry_is_not_wanted(direct):
+    import requests
+    from wandb.analytics.opentelemetry import opentelemetry_proxy as proxy
+
+    with requests.Session() as session:
+        for path in (proxy._METRICS_PATH, proxy._LOGS_PATH):
+            assert not proxy._check_server_supports_open_telemetry_proxy(session, direct.url + path)
+
+
 @pytest.mark.parametrize("method, path", [
     ("POST", "/graphql"), ("POST", "/files/local/p/x/file_stream"), ("GET", "/"), ("GET", "/local/p"),
     ("GET", "/files/local/p/x/output.log"), ("POST", "/link"), ("GET", "/upload/x"), ("GET", "/loginx"),
