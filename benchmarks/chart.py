@@ -55,7 +55,7 @@ STYLES = {  # color, marker, line
 class Settings:
     """The command line of chart.py."""
 
-    results: Path = option(HERE / "results_first.csv", "results file of test.py, of one checkpoint")
+    results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
     peers: Path = option(HERE / "peers.csv", "what peers.py measured for that checkpoint")
     picture: Path = option(HERE / "accuracy_per_byte.png", "where the picture goes")
 

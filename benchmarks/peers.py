@@ -380,10 +380,10 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
     fp32 = next(float(r["accuracy"]) for r in rows if r["tool"] == FP32)
     order = {name: i for i, name in enumerate((FP32, *OURS, *OFFERED))}
     rows = sorted(rows, key=lambda r: (("32/32", *BITS).index(r["bits"]), order[r["tool"]]))
-    first = rows[0]
+    first, choices = rows[0], {r["validation_pictures"]: None for r in rows if r["tool"] in OFFERED}
     lines = [
         f"Checkpoint {first['checkpoint_hash']}, FP32 {fp32:.2f} %; {first['calibration_pictures']} calibration "
-        f"pictures, {first['validation_pictures']} to choose settings with, {first['test_pictures']} test pictures. "
+        f"pictures, {' or '.join(choices)} to choose settings with, {first['test_pictures']} test pictures. "
         f"{machines(rows)}; beside: {'; '.join(sorted({r['beside'] for r in rows}))}.",
         "",
         "| w/a | tool | settings | accuracy, % | drop | bytes on disk | s to quantize | pictures/s | arithmetic |",
