@@ -71,7 +71,7 @@ class LearnedNetwork(nn.Module):
         weight, bias = self.weight_and_bias(op) if op.has_weight else (None, None)
         if op.name not in self.value_ends:
             return apply_float(op, inputs, weight, bias)
-        y = apply_float(replace(op, relu6=False), inputs, weight, bias)
+        y = before_relu6(op, inputs, weight, bias)
         quantized = Quantize.apply(y, self.value_scale(op), *self.value_ends[op.name])
         return drop(relu6(y, self.caps.get(op.name)) if op.relu6 else y, quantized) if drop else quantized
 
@@ -135,6 +135,16 @@ class LearnedNetwork(nn.Module):
         _, zero_point = grid.shaped(before.codes.ndim)
         codes = self.codes(name).detach().cpu() + zero_point
         return Layer(codes.to(torch.uint8).contiguous(), grid, bias.half().float())
+
+
+def before_relu6(op: Op, inputs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The operation without its ReLU6. What training.Float32Conv keeps in float32 under a CPU's bfloat16 autocast stays
+    so here, for the same reason."""
+    op = replace(op, relu6=False)
+    if op.depthwise and op.stride > 1 and inputs[0].device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return apply_float(op, [x.float() for x in inputs], weight, bias)
+    return apply_float(op, inputs, weight, bias)
 
 
 def key(name: str) -> str:
