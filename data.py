@@ -12,6 +12,7 @@ input of the first convolution is an integer grid (zero-point = mean) and intege
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -78,6 +79,20 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split
     test: Split
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All pictures and labels by name, as the cache holds them."""
+        return {
+            f"{part}.{kind}": getattr(getattr(self, part), kind).contiguous()
+            for part in ("train", "test")
+            for kind in ("images", "labels")
+        }
+
+    @functools.cached_property
+    def crc32(self) -> str:
+        """CRC-32 of both splits: results on other pictures are other results."""
+        return checksum(self.tensors)
 
 
 # ---------------------------------------------------------------------------------------------------- reading sources
@@ -230,15 +245,14 @@ def load(name: str, root: Path) -> Dataset:
 def write_cache(path: Path, dataset: Dataset, fingerprint: str) -> None:
     from safetensors.torch import save_file
 
-    tensors = named_tensors(dataset)
     metadata = {
         "version": CACHE_VERSION,
         "name": dataset.name,
         "classes": json.dumps(dataset.classes),
         "source": fingerprint,
-        "crc32": checksum(tensors),
+        "crc32": dataset.crc32,
     }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(path, lambda temporary: save_file(dataset.tensors, temporary, metadata))
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -254,19 +268,6 @@ def split_checksum(split: Split) -> str:
     return checksum({"images": split.images, "labels": split.labels})
 
 
-def dataset_checksum(dataset: Dataset) -> str:
-    """CRC-32 of both splits, as its cache has it: results on other pictures are other results."""
-    return checksum(named_tensors(dataset))
-
-
-def named_tensors(dataset: Dataset) -> dict[str, Tensor]:
-    return {
-        f"{part}.{kind}": getattr(getattr(dataset, part), kind).contiguous()
-        for part in ("train", "test")
-        for kind in ("images", "labels")
-    }
-
-
 def read_cache(path: Path, name: str, fingerprint: str) -> Dataset | None:
     """The cached data set; None where the file is damaged, of another version, or older than its source."""
     from safetensors import SafetensorError, safe_open
@@ -276,10 +277,11 @@ def read_cache(path: Path, name: str, fingerprint: str) -> Dataset | None:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         current = metadata["version"] == CACHE_VERSION and (not fingerprint or metadata["source"] == fingerprint)
-        if not current or metadata["name"] != name or metadata["crc32"] != checksum(tensors):
+        if not current or metadata["name"] != name:
             return None
         splits = [Split(tensors[f"{part}.images"], tensors[f"{part}.labels"]) for part in ("train", "test")]
-        return Dataset(name, tuple(json.loads(metadata["classes"])), *splits)
+        dataset = Dataset(name, tuple(json.loads(metadata["classes"])), *splits)
+        return dataset if metadata["crc32"] == dataset.crc32 else None
     except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         return None
 

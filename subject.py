@@ -39,7 +39,7 @@ def load(path: Path | None, dataset: str | None, data_dir: Path, validation: boo
     pictures = load_data(dataset, data_dir, checkpoint.dataset, checkpoint.classes)
     splits = split_as_trained(checkpoint, pictures.train, validation)
     network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
-    named = pictures.name, data.dataset_checksum(pictures)
+    named = pictures.name, pictures.crc32
     return Subject(path, checkpoints.short_hash(path), checkpoint, network, *named, *splits, pictures.test)
 
 

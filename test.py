@@ -191,7 +191,7 @@ def main() -> int:
         for one in bar:
             if len(points) > 1:
                 subject = subject or load_subject(one)
-                if not one.again and results.has(rows, identity(one, point_of(one), subject)):
+                if not one.again and results.has(rows, key(one, subject)):
                     known += 1
                     continue
             with tracking.run(one, "evaluation", label, one.log_wandb) as tracked:
@@ -342,7 +342,6 @@ def described(settings: Settings, subject: Subject, fp32: Score, point: Point) -
         "width_mult": subject.checkpoint.architecture.width_mult,
         "test_acc_fp32": fp32.accuracy,
     }
-    del row["dataset_crc32"]  # of the evaluation: --packed may be given other pictures
     return {"row": row, "classes": subject.checkpoint.classes, "dataset": subject.checkpoint.dataset}
 
 
@@ -432,7 +431,7 @@ def evaluate_packed(settings: Settings) -> Outcome:
         {name: None for name in results.COLUMNS}
         | known
         | {"batch_size": settings.batch_size, "dataset": dataset.name, "calib_seconds": 0.0}
-        | {"dataset_crc32": data.dataset_checksum(dataset)}
+        | {"dataset_crc32": dataset.crc32}
         | measured(settings, network, dataset.test, fp32)
         | size_cells(sizes)
     )
@@ -456,7 +455,7 @@ def pictures(settings: Settings, subject: Subject) -> int:
 
 
 def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, Any]:
-    """The cells that say which point this is (results.KEY)."""
+    """The cells that say which point this is, but for the pictures: --packed may be given others."""
     quantized = point.weight_bits or point.activation_bits
     return {
         "dataset": subject.dataset,
@@ -468,8 +467,12 @@ def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, An
         "seed": settings.seed,
         "method": point.method,
         "calib_pictures": pictures(settings, subject) if quantized else 0,
-        "dataset_crc32": subject.dataset_crc32,
     }
+
+
+def key(settings: Settings, subject: Subject) -> dict[str, Any]:
+    """The cells by which results.csv knows a point (results.KEY)."""
+    return identity(settings, point_of(settings), subject) | {"dataset_crc32": subject.dataset_crc32}
 
 
 def measured(settings: Settings, network: QuantizedNetwork, test: data.Split, fp32: float) -> dict[str, float]:

@@ -45,8 +45,8 @@ from compression import load_packed, save_packed
 from errors import UserError, run_main
 from evaluation import score
 from files import check_writable, write_between, write_bytes
-from network import Network
 from quantization import float_network, predictor
+from subject import Subject
 
 HERE = Path(__file__).resolve().parent
 # The bit widths (weights/activations, 32: FP32) that each tool offers for convolutions.
@@ -115,11 +115,7 @@ class Settings:
 class Material:
     """What every tool gets."""
 
-    path: Path
-    hash: str
-    dataset_crc32: str
-    checkpoint: Checkpoint
-    network: Network
+    subject: Subject
     parts: Mapping[str, data.Split]  # calibration, validation, test
 
 
@@ -131,8 +127,8 @@ def main() -> None:
     rows = read_rows(settings.output)
     material = load(settings)
     common = {
-        "checkpoint_hash": material.hash,
-        "dataset_crc32": material.dataset_crc32,
+        "checkpoint_hash": material.subject.hash,
+        "dataset_crc32": material.subject.dataset_crc32,
         "seed": settings.seed,
         **{f"{part}_pictures": len(split) for part, split in material.parts.items()},
         "machine": machine(),
@@ -176,8 +172,7 @@ def load(settings: Settings) -> Material:
         "validation": data.calibration_split(subject.validation, settings.val_pictures, settings.seed),
         "test": data.calibration_split(subject.test, limit, settings.seed) if limit else subject.test,
     }
-    named = subject.path, subject.hash, subject.dataset_crc32
-    return Material(*named, subject.checkpoint, subject.network, parts)
+    return Material(subject, parts)
 
 
 # --------------------------------------------------------------------------------------------------------------- ours
@@ -192,13 +187,13 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
     point = test.point_of(choice)
     begun = time.process_time()
     if tool == FP32:
-        quantized = float_network(material.network)
+        quantized = float_network(material.subject.network)
     else:
-        quantized = quantize_network(material.network, material.parts["calibration"].images, point.plan)
+        quantized = quantize_network(material.subject.network, material.parts["calibration"].images, point.plan)
     seconds = time.process_time() - begun
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"
-        info = {"classes": material.checkpoint.classes, "dataset": material.checkpoint.dataset}
+        info = {"classes": material.subject.checkpoint.classes, "dataset": material.subject.checkpoint.dataset}
         sizes = save_packed(quantized, path, info)
         forward = predictor(load_packed(path)[0])
     pictures = material.parts["test"]
@@ -299,17 +294,18 @@ def environment(folder: Path, tool: str) -> Path:
 def export(settings: Settings, material: Material) -> Path:
     """The neutral folder that workers read; made once for a checkpoint and a choice of pictures."""
     sizes = "-".join(str(len(split)) for split in material.parts.values())
-    folder = settings.venvs / "work" / f"{material.hash}-{sizes}-{settings.seed}"
+    folder = settings.venvs / "work" / f"{material.subject.hash}-{sizes}-{settings.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     options = folder / "options.json"
     if not options.exists():
+        checkpoint = material.subject.checkpoint
         for part, split in material.parts.items():
-            np.save(folder / f"{part}.npy", material.checkpoint.normalization(split.images).contiguous().numpy())
+            np.save(folder / f"{part}.npy", checkpoint.normalization(split.images).contiguous().numpy())
             np.save(folder / f"{part}_labels.npy", split.labels.numpy())
-        torch.save(material.checkpoint.state, folder / "fp32.pth")
-        architecture = dataclasses.asdict(material.checkpoint.architecture)
+        torch.save(checkpoint.state, folder / "fp32.pth")
+        architecture = dataclasses.asdict(checkpoint.architecture)
         (folder / "architecture.json").write_text(json.dumps(architecture))
-        export_onnx(material.checkpoint, folder / "fp32.onnx")
+        export_onnx(checkpoint, folder / "fp32.onnx")
     slow = {name: getattr(settings, name) for name in ("adaround_iterations", "gptq_pictures")}
     options.write_text(json.dumps(slow))
     return folder
@@ -380,7 +376,7 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
     fp32 = next(float(r["accuracy"]) for r in rows if r["tool"] == FP32)
     order = {name: i for i, name in enumerate((FP32, *OURS, *OFFERED))}
     rows = sorted(rows, key=lambda r: (("32/32", *BITS).index(r["bits"]), order[r["tool"]]))
-    first, choices = rows[0], {r["validation_pictures"]: None for r in rows if r["tool"] in OFFERED}
+    first, choices = rows[0], {r["validation_pictures"]: None for r in rows}
     lines = [
         f"Checkpoint {first['checkpoint_hash']}, FP32 {fp32:.2f} %; {first['calibration_pictures']} calibration "
         f"pictures, {' or '.join(choices)} to choose settings with, {first['test_pictures']} test pictures. "
