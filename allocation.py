@@ -23,7 +23,7 @@ from torch import Tensor
 import compression
 import entropy as entropy_coder
 import rounding
-from calibration import Plan, observe, plain_layer, prepared, round_layer, share_of_pictures
+from calibration import Plan, observe, plain_layer, prepared, round_layer, run_observed
 from errors import UserError
 from files import write_bytes
 from network import (
@@ -32,7 +32,6 @@ from network import (
     Op,
     apply_float,
     fused_operations,
-    relu6,
     resume,
     run_float,
     stored_values,
@@ -81,7 +80,9 @@ def sensitivities(
 ) -> dict[str, dict[int, Trial]]:
     """Every layer at every width, alone, by the plan's method. images: uint8 [N, 3, H, W], training pictures: the last
     few (MEASURED, a quarter at most) measure the harm, the others round. entropy: bytes are counted after coding.
-    on_layer(name) tells progress."""
+    on_layer(name) tells progress. UserError for a single picture: one rounds, another measures."""
+    if len(images) < 2:
+        raise UserError("mixed precision needs two calibration pictures at least; give more with --calib-batches")
     choices = [bits for bits in choices if bits > 1 or not plan.symmetric]  # one bit has no middle code
     network, plan = prepared(network, images, plan)
     held_out = min(MEASURED, max(1, len(images) // 4))
@@ -134,13 +135,9 @@ def layer_moments(network: Network, images: Tensor) -> dict[str, rounding.Moment
     def do(op: Op, inputs: list[Tensor]) -> Tensor:
         if not op.has_weight:
             return run_float(network, op, inputs)
-        weight, bias = network.weights[op.name], network.biases[op.name]
-        y = apply_float(replace(op, relu6=False), inputs, weight, None)
-        take = share_of_pictures(op, y, len(images))
-        part = rounding.moments(op, inputs[0][:take], y[:take], tuple(weight.shape[2:]))
+        y, part = run_observed(network, op, inputs, inputs[0], len(images))
         sums[op.name] = sums[op.name] + part if op.name in sums else part
-        y = y + bias.view(-1, *(1,) * (y.ndim - 2))
-        return relu6(y, network.caps.get(op.name)) if op.relu6 else y
+        return y
 
     for start in range(0, len(images), CACHE_PICTURES):
         walk(network.ops, network.normalization(images[start : start + CACHE_PICTURES]), do)
@@ -151,8 +148,7 @@ def alone(network: Network, op: Op, sums: rounding.Moments, plan: Plan, bits: in
     """The layer at that width, by the plan's method (coordinate descent where that needs more than one layer)."""
     method = plan.rounding if plan.rounding in rounding.METHODS else "cd"
     plan = replace(plan, weight_bits=bits, edge_bits=None, layer_bits={}, rounding=method)
-    layer = plain_layer(network, op, plan)
-    return round_layer(op, layer, network.weights[op.name], network.biases[op.name], sums, plan)
+    return round_layer(network, op, plain_layer(network, op, plan), sums, plan)
 
 
 def ran_with(op: Op, layer: Layer, cap: Tensor | None) -> Variant:
@@ -191,11 +187,11 @@ def layer_bytes(op: Op, layer: Layer, entropy: bool) -> int:
     middle = bool((grid.zero_point == 2 ** (grid.bits - 1)).all())
     coded = None
     if entropy:
-        symbols = compression.centred(layer.codes.flatten(1), grid, -1).numpy().reshape(-1)
+        symbols = compression.from_zero_point(layer.codes.flatten(1), grid, -1).numpy().reshape(-1)
         coded = math.ceil(entropy_coder.coded_bytes(symbols, grid.bits))
         coded = coded if coded < compression.packed_bytes(len(symbols), grid.bits) else None
     return compression.layer_size(
-        op, layer, compression.Plan(grid.bits, grid.scale.ndim == 1, middle, coded)
+        op, layer, compression.LayerFormat(grid.bits, grid.scale.ndim == 1, middle, coded)
     ).total_bytes
 
 

@@ -110,7 +110,6 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
     lows: dict[str, float] = {}
     highs: dict[str, float] = {}
     kept: dict[str, list[Tensor]] = {}
-    per_chunk = max(1, sample * CACHE_PICTURES // max(len(images), CACHE_PICTURES))
 
     def do(op: Op, inputs: list[Tensor]) -> Tensor:
         y = run_float(network, op, inputs)
@@ -118,7 +117,8 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
         low, high = (float(v) for v in flat.aminmax())
         high = min(high, 6.0) if op.relu6 else high
         lows[op.name], highs[op.name] = min(low, lows.get(op.name, low)), max(high, highs.get(op.name, high))
-        picks = torch.randint(len(flat), (min(per_chunk, len(flat)),), generator=generator)
+        share = max(1, sample * len(y) // len(images))  # every picture counts alike, also those of a short last chunk
+        picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
         kept.setdefault(op.name, []).append(flat[picks])
         return y
 
@@ -191,7 +191,7 @@ def equalized(network: Network, images: Tensor, plan: Plan, pictures: int = 256,
         return y
 
     walk(network.ops, network.normalization(images[:pictures]), do)
-    bits = {op.name: plan.bits_of_value(op, network.ops) for op in network.ops if op.name in samples}
+    bits = {op.name: plan.bits_of_value(op, network.ops) for op in network.ops}
     bits = {name: count for name, count in bits.items() if count}
     weight_bits = {op.name: plan.bits_of_layer(op, network.ops) for op in network.weighted}
     return equalization.even_channels(network, samples, bits, weight_bits)
@@ -217,19 +217,17 @@ def round_layers(
     layers = dict(start.layers)
 
     def do(op: Op, inputs: list[Streams]) -> Streams:
-        linear = replace(op, relu6=False)
-        weight, bias = network.weights.get(op.name), network.biases.get(op.name)
         results, sums = [], None
         for i in range(len(inputs[0].exact)):
-            y = apply_float(linear, [s.exact[i] for s in inputs], weight, None)
+            exact = [s.exact[i] for s in inputs]
             if op.has_weight:
-                take = share_of_pictures(op, y, len(images))
-                part = rounding.moments(op, inputs[0].quantized[i][:take], y[:take], tuple(weight.shape[2:]))
+                y, part = run_observed(network, op, exact, inputs[0].quantized[i], len(images))
                 sums = part if sums is None else sums + part
-                y = y + bias.view(-1, *(1,) * (y.ndim - 2))
-            results.append(relu6(y, network.caps.get(op.name)) if op.relu6 else y)
+            else:
+                y = run_float(network, op, exact)
+            results.append(y)
         if op.has_weight:
-            layers[op.name] = round_layer(op, layers[op.name], weight, bias, sums, plan)
+            layers[op.name] = round_layer(network, op, layers[op.name], sums, plan)
             on_layer(op.name)
         layer, grid = layers.get(op.name), start.activations.get(op.name)
         real = layer.weight if layer else None
@@ -244,6 +242,19 @@ def round_layers(
     return layers
 
 
+def run_observed(
+    network: Network, op: Op, exact: Sequence[Tensor], seen: Tensor, pictures: int
+) -> tuple[Tensor, rounding.Moments]:
+    """A layer of the FP32 network on its inputs of one chunk: (result, the sums that say how to round it for the inputs
+    `seen`). pictures: how many there are in all chunks."""
+    weight, bias = network.weights[op.name], network.biases[op.name]
+    y = apply_float(replace(op, relu6=False), exact, weight, None)
+    take = share_of_pictures(op, y, pictures)
+    sums = rounding.moments(op, seen[:take], y[:take], tuple(weight.shape[2:]))
+    y = y + bias.view(-1, *(1,) * (y.ndim - 2))
+    return relu6(y, network.caps.get(op.name)) if op.relu6 else y, sums
+
+
 def share_of_pictures(op: Op, y: Tensor, pictures: int) -> int:
     """How many pictures of a chunk's result y to use; depthwise layers (k = 9) need the fewest places."""
     places = y[0, 0].numel() if y.ndim == 4 else 1
@@ -251,11 +262,11 @@ def share_of_pictures(op: Op, y: Tensor, pictures: int) -> int:
     return max(1, min(len(y), math.ceil(len(y) * enough)))
 
 
-def round_layer(op: Op, layer: Layer, weight: Tensor, bias: Tensor, sums: rounding.Moments, plan: Plan) -> Layer:
+def round_layer(network: Network, op: Op, layer: Layer, sums: rounding.Moments, plan: Plan) -> Layer:
     """One layer's codes by the plan's method, and its bias, corrected where the plan says so."""
     if layer.grid is None:
         return layer
-    codes, grid = layer.codes, layer.grid
+    codes, grid, weight, bias = layer.codes, layer.grid, network.weights[op.name], network.biases[op.name]
     if plan.rounding != "nearest":
         codes, grid = rounding.round_weight(
             weight, sums, grid, plan.rounding, plan.bias_correction, plan.symmetric, SHARES.get(grid.bits, ())

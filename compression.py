@@ -46,6 +46,7 @@ BLANK = b"0" * 64
 MOST_HEADER_BYTES, MOST_BYTES = 2**20, 2**31  # beyond these it is no file of ours, and is not read
 DEFLATED = {"scales": torch.float16, "zero_points": torch.uint8, "biases": torch.float16}  # what may be, and is then
 MOST_INFLATED_BYTES = 2**24
+MOST_CODES = 2**26  # that the entropy coder may make of a few bytes: twice the weights of width 4
 
 
 # ------------------------------------------------------------------------------------------------------- packing bits
@@ -204,7 +205,7 @@ def report(packed: "Packed") -> SizeReport:
     """The sizes of a file; the header is what the blobs leave of it."""
     network, blobs = packed.network, packed.blobs
     rows = tuple(
-        layer_size(op, network.layers[op.name], p) for op, p in zip(weighted(network.ops), packed.plans, strict=True)
+        layer_size(op, network.layers[op.name], p) for op, p in zip(weighted(network.ops), packed.formats, strict=True)
     )
     size = {name: tensor.numel() * tensor.element_size() for name, tensor in blobs.items()}
     tables = size.get("tables", 0) + (4 * entropy_coder.LANES if "stream" in size else 0)
@@ -227,21 +228,21 @@ def shared_out(rows: Sequence[LayerSize], field: str, total: int) -> tuple[Layer
     )
 
 
-def layer_size(op: Op, layer: Layer, plan: "Plan") -> LayerSize:
+def layer_size(op: Op, layer: Layer, form: "LayerFormat") -> LayerSize:
     count, out = layer.codes.numel(), len(layer.bias)
-    if plan.bits == 0:
+    if form.bits == 0:
         return LayerSize(op.name, op.kind, count, 32, 0, 0, 0, 4 * (count + out))
-    channels = out if plan.per_channel else 1
-    codes = packed_bytes(count, plan.bits) if plan.coded is None else plan.coded
-    zeros = 0 if plan.middle else packed_bytes(channels, plan.bits)
-    return LayerSize(op.name, op.kind, count, plan.bits, codes, 2 * channels, zeros, 2 * out)
+    channels = out if form.per_channel else 1
+    codes = packed_bytes(count, form.bits) if form.coded is None else form.coded
+    zeros = 0 if form.middle else packed_bytes(channels, form.bits)
+    return LayerSize(op.name, op.kind, count, form.bits, codes, 2 * channels, zeros, 2 * out)
 
 
 # ----------------------------------------------------------------------------------------------------- the packed file
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerFormat:
     """What the manifest says of one layer. bits: 0 for FP32. per_channel: a scale for each output channel. middle: all
     zero-points are 2^(b-1) and left out. coded: bytes in the entropy coder's stream, None where the codes are packed
     in `codes`."""
@@ -254,11 +255,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Packed:
-    """All there is in a packed file. plans: one a layer with weights, in order; deflated: names of blobs; total_bytes:
-    the file's size."""
+    """All there is in a packed file. formats: one a layer with weights, in order; deflated: names of blobs;
+    total_bytes: the file's size."""
 
     network: QuantizedNetwork
-    plans: tuple[Plan, ...]
+    formats: tuple[LayerFormat, ...]
     blobs: Mapping[str, Tensor]
     deflated: tuple[str, ...]
     info: dict[str, Any]
@@ -274,15 +275,12 @@ def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], 
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a file to write the packed model to")
     choices = [to_blobs(network, coded) for coded in {False, entropy}]
-    contents = [serialise(manifest(network, plans, deflated, info), blobs) for plans, deflated, blobs in choices]
+    contents = [serialise(manifest(network, formats, deflated, info), blobs) for formats, deflated, blobs in choices]
     content = min(contents, key=len)  # a tiny network may not pay for the tables
-    plans, deflated, blobs = choices[contents.index(content)]
+    formats, deflated, blobs = choices[contents.index(content)]
     content = sign(content)
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place with room for it") from None
-    sizes = report(Packed(network, plans, blobs, deflated, dict(info), len(content)))
+    write_bytes(path, content)
+    sizes = report(Packed(network, formats, blobs, deflated, dict(info), len(content)))
     assert sizes.total_bytes == path.stat().st_size, "the report misses bytes of the file"
     return sizes
 
@@ -300,34 +298,36 @@ def packed_sizes(path: Path) -> SizeReport:
     return report(read(path))
 
 
-def centred(codes: Tensor, grid: Grid, direction: int) -> Tensor:
+def from_zero_point(codes: Tensor, grid: Grid, direction: int) -> Tensor:
     """Codes [out, k] minus (direction -1) or plus (+1: the inverse) their channel's zero-point, modulo 2^b: with all
     zeros in one place the codes of a layer are distributed more narrowly, and one table serves all its channels."""
     zero_points = grid.zero_point.cpu().reshape(-1, 1)
     return ((codes.int() + direction * zero_points) & grid.highest).to(torch.uint8)
 
 
-def to_blobs(network: QuantizedNetwork, entropy: bool) -> tuple[tuple[Plan, ...], tuple[str, ...], dict[str, Tensor]]:
-    """The plans, the names of the deflated blobs, and the blobs that are not empty."""
+def to_blobs(
+    network: QuantizedNetwork, entropy: bool
+) -> tuple[tuple[LayerFormat, ...], tuple[str, ...], dict[str, Tensor]]:
+    """The formats, the names of the deflated blobs, and the blobs that are not empty."""
     parts: dict[str, list[Tensor]] = {name: [] for name in ("codes", "scales", "zero_points", "biases", "floats")}
     if network.ops != operations(network.architecture):
         raise ValueError("these are not the operations of the architecture, from which the file's reader derives them")
-    plans: list[Plan] = []
+    formats: list[LayerFormat] = []
     to_code: dict[int, tuple[np.ndarray, int]] = {}
     for op in weighted(network.ops):
         layer, grid = network.layers[op.name], network.layers[op.name].grid
         if grid is None:
             parts["floats"] += [layer.codes.detach().float().cpu().reshape(-1), layer.bias.detach().float().cpu()]
-            plans.append(Plan(0))
+            formats.append(LayerFormat(0))
             continue
         middle = bool((grid.zero_point == 2 ** (grid.bits - 1)).all())
         packed = pack_bits(layer.codes, grid.bits)
-        symbols = centred(layer.codes.cpu().flatten(1), grid, -1).numpy().reshape(-1) if entropy else None
+        symbols = from_zero_point(layer.codes.cpu().flatten(1), grid, -1).numpy().reshape(-1) if entropy else None
         if entropy and entropy_coder.coded_bytes(symbols, grid.bits) < len(packed):
-            to_code[len(plans)] = (symbols, grid.bits)
+            to_code[len(formats)] = (symbols, grid.bits)
         else:
             parts["codes"].append(packed)
-        plans.append(Plan(grid.bits, grid.scale.ndim == 1, middle))
+        formats.append(LayerFormat(grid.bits, grid.scale.ndim == 1, middle))
         parts["scales"].append(exact_half(grid.scale, f"{op.name}: scales"))
         parts["biases"].append(exact_half(layer.bias, f"{op.name}: biases"))
         if not middle:
@@ -339,13 +339,13 @@ def to_blobs(network: QuantizedNetwork, entropy: bool) -> tuple[tuple[Plan, ...]
     if to_code:
         result = entropy_coder.encode(list(to_code.values()))
         for i, length in zip(to_code, result.lengths, strict=True):
-            plans[i] = replace(plans[i], coded=length)
+            formats[i] = replace(formats[i], coded=length)
         blobs["stream"], blobs["tables"] = as_bytes(result.stream), as_bytes(result.tables)
     if network.activations:
         if surplus := set(network.activations) - {op.name for op in network.ops}:
             raise ValueError(f"activation grids of values that are not there: {sorted(surplus)}")
         blobs["grids"] = as_bytes(b"".join(pack_grid(network.activations.get(op.name)) for op in network.ops))
-    return tuple(plans), tuple(smaller), blobs
+    return tuple(formats), tuple(smaller), blobs
 
 
 def deflated_blob(blob: Tensor) -> Tensor:
@@ -402,11 +402,11 @@ def as_bytes(content: bytes) -> Tensor:
 
 
 def manifest(
-    network: QuantizedNetwork, plans: Sequence[Plan], deflated: Sequence[str], info: Mapping[str, Any]
+    network: QuantizedNetwork, formats: Sequence[LayerFormat], deflated: Sequence[str], info: Mapping[str, Any]
 ) -> dict[str, Any]:
     """bits, per_channel, middle: one digit a layer. coded, deflated: present where there is something to say."""
-    digits = {key: "".join(str(int(getattr(p, key))) for p in plans) for key in ("bits", "per_channel", "middle")}
-    coded = [plan.coded for plan in plans]
+    digits = {key: "".join(str(int(getattr(p, key))) for p in formats) for key in ("bits", "per_channel", "middle")}
+    coded = [form.coded for form in formats]
     return {
         "sha256": BLANK.decode(),
         "format": FORMAT,
@@ -420,7 +420,7 @@ def manifest(
     }
 
 
-def read_plans(document: Mapping[str, Any]) -> tuple[Plan, ...]:
+def read_formats(document: Mapping[str, Any]) -> tuple[LayerFormat, ...]:
     """The inverse of `manifest` for its layers; ValueError, KeyError or TypeError where they are not what it wrote."""
     allowed = {"bits": "012345678", "per_channel": "01", "middle": "01"}
     columns = [[digits.index(digit) for digit in document[key]] for key, digits in allowed.items()]
@@ -428,7 +428,7 @@ def read_plans(document: Mapping[str, Any]) -> tuple[Plan, ...]:
     if not all(length is None or (type(length) is int and length >= 0) for length in coded):
         raise ValueError("coded lengths out of range")
     rows = zip(*columns, coded, strict=True)
-    return tuple(Plan(bits, bool(channel), bool(middle), length) for bits, channel, middle, length in rows)
+    return tuple(LayerFormat(bits, bool(channel), bool(middle), length) for bits, channel, middle, length in rows)
 
 
 def serialise(document: Mapping[str, Any], blobs: Mapping[str, Tensor]) -> bytes:
@@ -466,10 +466,10 @@ def read(path: Path) -> Packed:
         document = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["packed"])
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"format {document['format']}, version {document['version']}")
-        blobs, plans, deflated = load(content), read_plans(document), tuple(document.get("deflated", ()))
+        blobs, formats, deflated = load(content), read_formats(document), tuple(document.get("deflated", ()))
         plain = {**blobs, **{name: inflated_blob(blobs[name], DEFLATED[name]) for name in deflated}}
-        network = from_blobs(document, plans, plain)
-        return Packed(network, plans, blobs, deflated, dict(document["info"]), len(content))
+        network = from_blobs(document, formats, plain)
+        return Packed(network, formats, blobs, deflated, dict(document["info"]), len(content))
     except Exception as error:  # of many kinds with one meaning: the digest fits, but this program did not write it
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is not a packed model that this version can read ({reason})") from None
@@ -511,7 +511,9 @@ class Blobs:
                 raise ValueError(f"{name}: {self.tensors[name].numel() - place} too many")
 
 
-def from_blobs(document: Mapping[str, Any], plans: Sequence[Plan], tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
+def from_blobs(
+    document: Mapping[str, Any], formats: Sequence[LayerFormat], tensors: Mapping[str, Tensor]
+) -> QuantizedNetwork:
     """The network of a manifest and its blobs; raises some error where they do not agree."""
     architecture = Architecture(**document["architecture"])
     mean, std = tuple(document["normalization"]["mean"]), float(document["normalization"]["std"])
@@ -521,21 +523,23 @@ def from_blobs(document: Mapping[str, Any], plans: Sequence[Plan], tensors: Mapp
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in MobileNetV2(architecture).state_dict().items()}
     layers = {}
-    for op, plan in zip(weighted(ops), plans, strict=True):
+    for op, form in zip(weighted(ops), formats, strict=True):
         shape = shapes[f"{op.name}.weight"]
         count, out = shape.numel(), shape[0]
-        if plan.bits == 0:
+        if form.bits == 0:
             weight = blobs.take("floats", count, torch.float32).reshape(shape)
             layers[op.name] = Layer(weight, None, blobs.take("floats", out, torch.float32))
             continue
-        if plan.coded is None:
-            packed = blobs.take("codes", packed_bytes(count, plan.bits), torch.uint8)
-            codes = unpack_bits(packed, plan.bits, count).reshape(shape)
+        if form.coded is None:
+            packed = blobs.take("codes", packed_bytes(count, form.bits), torch.uint8)
+            codes = unpack_bits(packed, form.bits, count).reshape(shape)
         else:
             codes = torch.empty(shape, dtype=torch.uint8, device="meta")  # decoded below, all layers together
-        grid = read_grid(blobs, plan, out)
+        grid = read_grid(blobs, form, out)
         layers[op.name] = Layer(codes, grid, blobs.take("biases", out, torch.float16).float())
-    coded = {op.name: p.coded for op, p in zip(weighted(ops), plans, strict=True) if p.coded is not None}
+    coded = {op.name: p.coded for op, p in zip(weighted(ops), formats, strict=True) if p.coded is not None}
+    if sum(layers[name].codes.numel() for name in coded) > MOST_CODES:
+        raise ValueError("more codes than any network of ours has")
     if coded:
         layers |= decode_layers(blobs, {name: layers[name] for name in coded}, sum(coded.values()))
     activations = {}
@@ -547,15 +551,15 @@ def from_blobs(document: Mapping[str, Any], plans: Sequence[Plan], tensors: Mapp
     return QuantizedNetwork(architecture, Normalization(mean, std), ops, layers, activations)
 
 
-def read_grid(blobs: Blobs, plan: Plan, out: int) -> Grid:
+def read_grid(blobs: Blobs, form: LayerFormat, out: int) -> Grid:
     """A layer's weight grid."""
-    channels = out if plan.per_channel else 1
+    channels = out if form.per_channel else 1
     scale = blobs.take("scales", channels, torch.float16).float()
-    zeros = torch.full((channels,), 2 ** (plan.bits - 1), dtype=torch.int32)
-    if not plan.middle:
-        packed = blobs.take("zero_points", packed_bytes(channels, plan.bits), torch.uint8)
-        zeros = unpack_bits(packed, plan.bits, channels).int()
-    return checked(Grid(plan.bits, scale, zeros) if plan.per_channel else Grid(plan.bits, scale[0], zeros[0]))
+    zeros = torch.full((channels,), 2 ** (form.bits - 1), dtype=torch.int32)
+    if not form.middle:
+        packed = blobs.take("zero_points", packed_bytes(channels, form.bits), torch.uint8)
+        zeros = unpack_bits(packed, form.bits, channels).int()
+    return checked(Grid(form.bits, scale, zeros) if form.per_channel else Grid(form.bits, scale[0], zeros[0]))
 
 
 def decode_layers(blobs: Blobs, layers: Mapping[str, Layer], length: int) -> dict[str, Layer]:
@@ -566,6 +570,6 @@ def decode_layers(blobs: Blobs, layers: Mapping[str, Layer], length: int) -> dic
     decoded = entropy_coder.decode(stream.numpy().tobytes(), tables.numpy().tobytes(), sizes)
     result = {}
     for (name, layer), symbols in zip(layers.items(), decoded, strict=True):
-        codes = centred(torch.from_numpy(symbols).reshape(len(layer.bias), -1), layer.grid, +1)
+        codes = from_zero_point(torch.from_numpy(symbols).reshape(len(layer.bias), -1), layer.grid, +1)
         result[name] = replace(layer, codes=codes.reshape(layer.codes.shape))
     return result

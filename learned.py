@@ -107,7 +107,7 @@ class LearnedNetwork(nn.Module):
         """[], as the packed file will hold it."""
         scale = self.value_scales[key(op.name)].exp()
         if op.name in self.largest_scales:
-            scale = scale.clamp(max=self.largest_scales[op.name])
+            scale = AtMost.apply(scale, self.largest_scales[op.name])
         return straight_through(scale, round_scale(scale))
 
     def input_scale(self, op: Op) -> Tensor:
@@ -181,6 +181,22 @@ class StraightThrough(torch.autograd.Function):
 
 
 straight_through = StraightThrough.apply
+
+
+class AtMost(torch.autograd.Function):
+    """min(x, most). Above, clamp's gradient is 0, and a scale that once came there would stay for good; here it finds
+    back: what would lower x passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.most = most
+        return x.clamp(max=most)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.where(x <= ctx.most, grad, grad.clamp(min=0)), None
 
 
 class Quantize(torch.autograd.Function):

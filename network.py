@@ -61,9 +61,6 @@ class Network:
     biases: Mapping[str, Tensor]
     caps: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def op(self, name: str) -> Op:
-        return next(op for op in self.ops if op.name == name)
-
     @property
     def weighted(self) -> tuple[Op, ...]:
         return weighted(self.ops)
@@ -195,11 +192,12 @@ def relu6(y: Tensor, cap: Tensor | None = None) -> Tensor:
 
 def forward(network: Network, images: Tensor) -> Tensor:
     """FP32 logits [B, classes] of uint8 pictures [B, 3, H, W]."""
+    return run_ops(network, network.ops, network.normalization(images))
 
-    def do(op: Op, inputs: list[Tensor]) -> Tensor:
-        return run_float(network, op, inputs)
 
-    return walk(network.ops, network.normalization(images), do)
+def run_ops(network: Network, ops: Sequence[Op], x: Tensor) -> Tensor:
+    """The value of the last of `ops` in the FP32 network, from x in place of INPUT."""
+    return walk(ops, x, lambda op, inputs: run_float(network, op, inputs))
 
 
 def run_float(network: Network, op: Op, inputs: Sequence[Tensor]) -> Tensor:
@@ -215,7 +213,7 @@ def to_device(network: Network, device: torch.device | str) -> Network:
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
         return tensor.to(device).contiguous(memory_format=layout)
 
-    moved = {name: {k: move(v) for k, v in getattr(network, name).items()} for name in ("weights", "biases")}
+    moved = {name: {k: move(v) for k, v in getattr(network, name).items()} for name in ("weights", "biases", "caps")}
     return replace(network, **moved)
 
 

@@ -27,7 +27,7 @@ from data import Dataset, Split, calibration_split
 from errors import UserError
 from evaluation import score
 from learned import LearnedNetwork
-from network import Network, fold_batch_norm, run_float, to_device, walk
+from network import Network, fold_batch_norm, run_ops, to_device
 from quantization import float_network, predictor
 from subject import split_as_trained, split_of
 from training import Recipe, State
@@ -99,14 +99,25 @@ def start(tuning: FineTuning, recipe: Recipe, device: torch.device) -> State:
     return dataclasses.replace(state, optimizer=optimizer)
 
 
-def distillation(network: Network, share: float, label_smoothing: float) -> training.Loss:
-    """The loss of (logits, normalised pictures, labels) in nats, with `network`, on their device, as the teacher."""
+def distillation(
+    network: Network, share: float, label_smoothing: float, bf16: bool = False, compiled: bool = False
+) -> training.Loss:
+    """The loss of (logits, normalised pictures, labels) in nats, with `network`, on their device, as the teacher.
+
+    bf16: the teacher runs in bfloat16 autocast; compiled: through torch.compile, without CUDA graphs, whose memory
+    would be shared with the student's.
+    """
+
+    def answer(x: Tensor) -> Tensor:
+        return run_ops(network, network.ops, x)
+
+    teacher = torch.compile(answer, dynamic=False) if compiled else answer
 
     def loss(logits: Tensor, x: Tensor, labels: Tensor) -> Tensor:
         total = (1 - share) * F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         if share:
-            with torch.no_grad():
-                target = walk(network.ops, x, lambda op, inputs: run_float(network, op, inputs)).log_softmax(1)
+            with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                target = teacher(x).float().log_softmax(1)
             total = total + share * F.kl_div(logits.log_softmax(1), target, log_target=True, reduction="batchmean")
         return total
 

@@ -5,8 +5,9 @@ A grid is (bits, scale, zero-point): code q in 0 .. 2^bits - 1 stands for the re
 Choosing a grid (`weight_grid`, `activation_grid`) is apart from applying it (`quantize`, `dequantize`).
 
 `integer_forward` runs a quantized network on the codes themselves, held in float32: sums of products of integers are
-exact there below 2^24, so the result is that of int32 hardware, to the last code, whatever the batch size or device.
-(A layer whose sums may be larger, as in wide networks at 8 bits, runs in float64: exact below 2^53.)
+exact there below 2^24, so with both weights and activations quantized the result is that of int32 hardware, to the
+last code, whatever the batch size or device. (A layer whose sums may be larger, as in wide networks at 8 bits, runs in
+float64: exact below 2^53.)
 Scales and biases are rounded to float16 when a grid is made, before anything is evaluated: what is evaluated is what is
 packed. No quantization API of torch is used.
 """
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Normalization
+from errors import UserError
 from models import Architecture
-from network import INPUT, Network, Op, apply_float, walk
+from network import INPUT, Network, Op, walk
 
-SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; channels below it are dead and their codes become zero
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; a channel whose range asks for less gets fewer levels
 # On a CPU pictures go through in parts, in evaluation and in calibration, whose activations stay in the cache: two to
 # four times as fast as 256 at once.
 CACHE_PICTURES = 32
@@ -96,23 +98,20 @@ def weight_grid(
     per_channel: bool = True,
     symmetric: bool = False,
     range_: str = "minmax",
-    importance: Tensor | None = None,
     steps: int = 80,
 ) -> Grid:
     """The grid of a weight [out, ...]; scale and zero-point of shape [out], or [] where not `per_channel`.
 
-    minmax: the whole range. mse: of `steps` shrunken ranges (down to a fifth) the one with the least squared error,
-    weighted by `importance` (of weight's shape, or broadcasting to it) where given; the whole range is among them, so
-    it is never worse than minmax on what it minimises.
+    minmax: the whole range. mse: of `steps` shrunken ranges (down to a fifth) the one with the least squared error; the
+    whole range is among them, so it is never worse than minmax on what it minimises.
     """
     rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
     low, high = rows.amin(1), rows.amax(1)
     if range_ == "minmax":
         grid = make_grid(bits, low, high, symmetric)
     elif range_ == "mse":
-        costs = torch.ones_like(rows) if importance is None else importance.expand_as(weight).reshape(rows.shape)
         candidates = [make_grid(bits, low * share, high * share, symmetric) for share in shares(steps)]
-        errors = torch.stack([(costs * (fake_quantize(rows, g) - rows).square()).sum(1) for g in candidates])
+        errors = torch.stack([(fake_quantize(rows, g) - rows).square().sum(1) for g in candidates])
         best = errors.argmin(0)
         grid = Grid(bits, *(pick(candidates, name, best) for name in ("scale", "zero_point")))
     else:
@@ -143,14 +142,14 @@ def activation_grid(
 ) -> Grid:
     """The per-tensor grid of a value. Unsigned values (after ReLU6) have zero-point 0, others an asymmetric grid.
 
-    minmax: all that was seen. percentile: that share of the sample, in the middle. mse: least squared error over the
-    sample, ends searched alternately among shrunken ones.
+    minmax: all that was seen. percentile: from 100 less it to it, of the sample (99: the middle 98 %), inside of what
+    minmax takes. mse: least squared error over the sample, ends searched alternately among shrunken ones.
     """
     low, high = (0.0 if unsigned else min(seen.low, 0.0)), max(seen.high, 0.0)
     if range_ == "percentile":
         tail = (100 - percentile) / 100
         ends = torch.quantile(seen.sample, torch.tensor([tail, 1 - tail], dtype=seen.sample.dtype))
-        low, high = (0.0 if unsigned else min(float(ends[0]), 0.0)), max(float(ends[1]), 0.0)
+        low, high = min(max(low, float(ends[0])), 0.0), max(min(high, float(ends[1])), 0.0)
     elif range_ == "mse":
         low, high = least_squares_range(seen.sample, bits, low, high, steps)
     elif range_ != "minmax":
@@ -169,7 +168,8 @@ def least_squares_range(sample: Tensor, bits: int, low: float, high: float, step
     if low < 0:
         for _ in range(2):
             best = min(((low * share, best[1]) for share in [*shares(steps // 2), best[0] / low]), key=error)
-            best = min(((best[0], high * share) for share in [*shares(steps // 2), best[1] / high]), key=error)
+            if high > 0:
+                best = min(((best[0], high * share) for share in [*shares(steps // 2), best[1] / high]), key=error)
     return best
 
 
@@ -273,6 +273,8 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
             weight = weight * inputs[0]
         layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
         kind = torch.float32 if largest < EXACT else torch.float64
+        if kind == torch.float64 and torch.device(device).type == "mps":
+            raise UserError(f"the sums of {op.name} need float64, which Apple's MPS does not have; give --device cpu")
         weight = weight.to(device, kind).contiguous(memory_format=layout)
         steps.append(Step(op, weight, bias.to(device, kind), factor, *ends, largest))
     return steps
@@ -294,7 +296,7 @@ def run_step(step: Step, inputs: Sequence[Tensor]) -> Tensor:
         if step.multiplier is not None:
             y.mul_(step.multiplier)
     if step.low is not None:
-        return y.round_().clamp_(step.low, step.high)  # ReLU6 is in the ends: low 0, high at most 6 / scale
+        return y.round_().clamp_(step.low, step.high)  # ReLU6 is in the ends: 0 and at most about 6 / scale
     return y.clamp_(0, 6) if op.relu6 else y
 
 
@@ -316,20 +318,3 @@ def predictor(network: QuantizedNetwork, device: torch.device | str = "cpu") -> 
         return torch.cat([integer_forward(steps, network.normalization, p) for p in parts])
 
     return predict
-
-
-def largest_sum(network: QuantizedNetwork) -> float:
-    """A bound on every partial sum of the integer convolutions: below EXACT, float32 sums are exact."""
-    return max(step.largest for step in prepare(network))
-
-
-def fake_forward(network: QuantizedNetwork, images: Tensor) -> Tensor:
-    """The same network in real numbers with fake quantization: what training and search see. Not for evaluation."""
-
-    def do(op: Op, inputs: list[Tensor]) -> Tensor:
-        layer = network.layers.get(op.name)
-        y = apply_float(op, inputs, layer and layer.weight, layer and layer.bias)
-        grid = network.activations.get(op.name)
-        return fake_quantize(y, grid) if grid else y
-
-    return walk(network.ops, network.normalization(images), do)

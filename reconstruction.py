@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learned import LearnedNetwork, inputs_renamed, key
-from network import Network, Op, run_float, walk
+from network import Network, Op, run_ops
 from quantization import CACHE_PICTURES, QuantizedNetwork
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -61,16 +61,18 @@ def reconstruct(
 ) -> QuantizedNetwork:
     """`start` with better codes, scales and biases; the same seed gives the same network.
 
-    images: uint8 [N, 3, H, W], training pictures, two at least. Progress: on_layer(name) for every layer with weights,
-    on_stage(name of its last operation, loss before, loss after) for every stage, on the held-out pictures; at the end
-    with the name `network` and the losses of the start and the result.
+    images: uint8 [N, 3, H, W], training pictures; of a single one nothing is learned, as in `tune`. Progress:
+    on_layer(name) for every layer with weights, on_stage(name of its last operation, loss before, loss after) for every
+    stage, on the held-out pictures; at the end with the name `network` and the losses of the start and the result.
     """
+    if len(images) < 2:
+        return start
     generator = torch.Generator().manual_seed(settings.seed)
     whole = whole_network(network, start, images, settings)
     model, held_out, loss_of_start = whole.model, whole.held_out, whole.hard_loss()
     exact = quantized = whole.quantized
     for ops in blocks(network.ops):
-        target = in_chunks(lambda x, ops=ops: float_block(network, ops, x), exact)
+        target = in_chunks(lambda x, ops=ops: run_ops(network, ops, x), exact)
         loss = relative_error(target)
         stage = Stage(model, ops, quantized, exact, target, loss, held_out, settings.iterations, settings.drop)
         on_stage(ops[-1].name, *improve(stage, settings, generator))
@@ -133,7 +135,7 @@ def whole_network(network: Network, start: QuantizedNetwork, images: Tensor, set
     model = LearnedNetwork(network, start).requires_grad_(False)
     held_out = max(1, round(len(images) * settings.held_out))
     first = network.normalization(images)
-    logits = in_chunks(lambda x: float_block(network, network.ops, x), first)
+    logits = in_chunks(lambda x: run_ops(network, network.ops, x), first)
     steps = settings.network_iterations
     return Stage(model, network.ops, first, first, logits, divergence, held_out, steps, drop=0.0, with_codes=False)
 
@@ -145,10 +147,6 @@ def blocks(ops: Sequence[Op]) -> list[tuple[Op, ...]]:
     names = [names[i - 1] if op.kind == "pool" else name for i, (op, name) in enumerate(zip(ops, names, strict=True))]
     groups = itertools.groupby(zip(names, ops, strict=True), key=lambda pair: pair[0])
     return [inputs_renamed([op for _, op in group]) for _, group in groups]
-
-
-def float_block(network: Network, ops: Sequence[Op], x: Tensor) -> Tensor:
-    return walk(ops, x, lambda op, inputs: run_float(network, op, inputs))
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from network import Op
 from quantization import Grid, make_grid, round_scale
 
 METHODS = ("nearest", "gptq", "cd")
+CONSTANT = 1e-5  # share of its mean square that an input's variance must have (rounding errors: up to 2.4e-6)
 BLOCK = 32  # columns whose error is spread at once by one matrix product
 
 
@@ -106,8 +107,10 @@ def make_problem(weight: Tensor, sums: Moments, centred: bool, damping: float = 
     h, b = sums.xx / sums.n, sums.yx / sums.n
     if centred:
         x, y = sums.x / sums.n, sums.y / sums.n
-        h = h - x.unsqueeze(2) * x.unsqueeze(1)
-        b = b - y.unsqueeze(1) * x.expand(len(b), -1)
+        # An input that varies by less than float32 sums can tell is a constant: the bias has it, codes do nothing.
+        varies = (h - x.unsqueeze(2) * x.unsqueeze(1)).diagonal(dim1=1, dim2=2) > CONSTANT * h.diagonal(dim1=1, dim2=2)
+        h = (h - x.unsqueeze(2) * x.unsqueeze(1)) * varies.unsqueeze(2) * varies.unsqueeze(1)
+        b = (b - y.unsqueeze(1) * x.expand(len(b), -1)) * varies
     # What centring takes away leaves rounding errors of its size behind, so they set the least damping.
     noise = 1e-6 * sums.xx.diagonal(dim1=1, dim2=2).sum(1) / sums.n
     pull = damping * h.diagonal(dim1=1, dim2=2).mean(1) + noise + 1e-8

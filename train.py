@@ -180,7 +180,9 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     state = run.state
     best = checkpoint_so_far(run)
     forward = compiled(state.model, device) if settings.compile else state.model
-    criterion = run.tuning and qat.distillation(run.tuning.teacher, settings.distill, recipe.label_smoothing)
+    criterion = run.tuning and qat.distillation(
+        run.tuning.teacher, settings.distill, recipe.label_smoothing, recipe.bf16, settings.compile
+    )
     with (
         open_log(log_path(settings), run.title, state.epoch if saved else None) as log,
         signals_caught() as signals,

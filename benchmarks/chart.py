@@ -75,8 +75,8 @@ Series = Mapping[str, Sequence[Point]]  # name of a line → its points by falli
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     frame = tables.read_one_checkpoint(settings.results)
-    checkpoint = frame["checkpoint_hash"].iloc[0]
-    rows = [row for row in peers.read_rows(settings.peers) if row["checkpoint_hash"] == checkpoint]
+    subject = {name: frame[name].iloc[0] for name in ("checkpoint_hash", "dataset_crc32")}
+    rows = [row for row in peers.read_rows(settings.peers) if all(row[name] == subject[name] for name in subject)]
     draw([{**ours(frame, bits), **others(rows, bits)} for bits in PANELS], frame[FP32_ACCURACY].iloc[0], settings)
     print(f"wrote {settings.picture}")
 

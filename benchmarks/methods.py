@@ -46,7 +46,8 @@ VARIANTS = {
     "cd+bc+eq+edge+tune": dict(**CD, equalize=True, edge_bits=8, tune=True),
 }
 POINT = ("checkpoint_hash", "split", "weight_bits", "activation_bits", "method", "seed", "calib_pictures", "pictures")
-COLUMNS = (*POINT, "accuracy", "fp32", "kl", "seconds")
+POINT += ("dataset_crc32",)
+COLUMNS = (*POINT[:-1], "accuracy", "fp32", "kl", "seconds", POINT[-1])
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def main() -> None:
             for method in settings.methods:
                 for seed in settings.seeds:
                     cells = (subject.hash, settings.split, weight_bits, act_bits, method, seed)
-                    cells += (settings.calib_pictures, len(split))
+                    cells += (settings.calib_pictures, len(split), subject.dataset_crc32)
                     point = dict(zip(POINT, map(str, cells), strict=True))
                     if any(all(row[k] == v for k, v in point.items()) for row in rows):
                         continue
@@ -126,8 +127,8 @@ def main() -> None:
                         f"(drop {fp32 - reached:.2f}, KL {kl:.4f}, {seconds:.0f} s)",
                         flush=True,
                     )
-    alike = (subject.hash, settings.split, str(settings.calib_pictures), str(len(split)))
-    names = ("checkpoint_hash", "split", "calib_pictures", "pictures")
+    alike = (subject.hash, subject.dataset_crc32, settings.split, str(settings.calib_pictures), str(len(split)))
+    names = ("checkpoint_hash", "dataset_crc32", "split", "calib_pictures", "pictures")
     print(table([row for row in rows if tuple(row[name] for name in names) == alike]))
 
 

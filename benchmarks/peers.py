@@ -83,8 +83,10 @@ COLUMNS = (
     "machine",
     "beside",
     "date",
+    "dataset_crc32",
 )
-SAME = ("tool", "bits", "checkpoint_hash", "calibration_pictures", "test_pictures", "seed")  # one measurement's name
+# One measurement's name. The data set counts with its pictures: the same checkpoint on others is another measurement.
+SAME = ("tool", "bits", "checkpoint_hash", "dataset_crc32", "calibration_pictures", "test_pictures", "seed")
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,8 @@ def environment(folder: Path, tool: str) -> Path:
 def export(settings: Settings, material: Material) -> Path:
     """The neutral folder that workers read; made once for a checkpoint and a choice of pictures."""
     sizes = "-".join(str(len(split)) for split in material.parts.values())
-    folder = settings.venvs / "work" / f"{material.subject.hash}-{sizes}-{settings.seed}"
+    pictures = f"{material.subject.dataset_crc32}-{sizes}-{settings.seed}"
+    folder = settings.venvs / "work" / f"{material.subject.hash}-{pictures}"
     folder.mkdir(parents=True, exist_ok=True)
     options = folder / "options.json"
     if not options.exists():

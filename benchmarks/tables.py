@@ -56,10 +56,11 @@ def write_table(page: Path, name: str, table: str) -> None:
 
 
 def read_one_checkpoint(path: Path, flag: str = "--results") -> "pd.DataFrame":
-    """The frame of the results file that `flag` names; UserError unless its rows are of one checkpoint."""
+    """The frame of the results file that `flag` names; UserError unless its rows are of one checkpoint and data set."""
     frame = report.read_results(path)
-    if not report.unique(frame, "checkpoint_hash"):
-        raise UserError(f"{flag} {path} has several checkpoints; keep the rows of one")
+    for column, several in (("checkpoint_hash", "checkpoints"), ("dataset_crc32", "data sets")):
+        if not report.unique(frame, column):
+            raise UserError(f"{flag} {path} has several {several} (see its column {column}); keep the rows of one")
     return frame
 
 

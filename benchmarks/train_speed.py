@@ -4,12 +4,14 @@ Ours: the pictures lie on the device, augmentation works on whole tensors, chann
 and, with --compile, torch.compile with CUDA graphs; on a CPU in FP32 and, with --bf16, in bfloat16 too. Plain:
 torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on PIL pictures, a DataLoader with worker
 processes, contiguous FP32, no compile. Same network, loss and batch size, and the same allocator (allocator.py);
-random pictures, since speed does not depend on what they show. On CUDA it also states a floor: the bytes that a step's
-convolutions and norms must move, over the copy bandwidth measured here.
+random pictures, since speed does not depend on what they show. With --qat also the step of train.py --qat at 2/2, the
+FP32 network as its teacher. On CUDA it also states a floor: the bytes that a step's convolutions and norms must move,
+over the copy bandwidth measured here.
 
 python benchmarks/train_speed.py                                         on CUDA: width 1.0, batch 128
 python benchmarks/train_speed.py --width-mult 0.35 --steps 5 --rounds 3  on a CPU: a minute
 python benchmarks/train_speed.py --steps 3 --rounds 5 --bf16             on a CPU with bfloat16 units
+python benchmarks/train_speed.py --steps 3 --batch-size 64 --bf16 --qat  the same for fine-tuning; --compile: minutes
 """
 
 import itertools
@@ -28,14 +30,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import qat
 import train
 import training
 from allocator import keep_freed_memory
+from calibration import method_plan, quantize_network
 from cli import option, parse
 from data import Normalization, Split
 from errors import run_main
 from evaluation import choose_device
+from learned import LearnedNetwork
 from models import Architecture, MobileNetV2
+from network import fold_batch_norm, to_device
 from vision import import_torchvision
 
 
@@ -47,20 +53,31 @@ class Settings:
     rounds: int = option(5, "rounds; the table shows medians over them", low=1)
     workers: int | None = option(None, "worker processes of the plain recipe (default: one a core, at most 8)", low=0)
     device: str | None = option(None, "cpu, cuda or mps (default: the best there is)")
-    compile: bool = option(False, "torch.compile our network")
+    compile: bool = option(False, "torch.compile our networks")
     bf16: bool = option(False, "ours once more with bfloat16 autocast (on CUDA it is the only one)")
+    qat: bool = option(False, "quantization-aware fine-tuning at 2/2 too, from the plain method's network")
 
 
-def our_steps(settings: Settings, device: torch.device, bf16: bool) -> Callable[[], float]:
-    """A function that does `steps` steps of training.train_epoch and returns images/s."""
+def our_steps(settings: Settings, device: torch.device, bf16: bool, tuned: bool) -> Callable[[], float]:
+    """A function that does `steps` steps of training.train_epoch and returns images/s; tuned: those of --qat."""
     pictures = settings.steps * settings.batch_size
-    split = random_pictures(pictures).to(device)
+    split = random_pictures(pictures)
     recipe = training.Recipe(epochs=10**6, batch_size=settings.batch_size, bf16=bf16)
-    state = training.start(MobileNetV2(Architecture(10, settings.width_mult)), recipe, device)
+    model, criterion = MobileNetV2(Architecture(10, settings.width_mult)), None
+    if tuned:
+        network = to_device(fold_batch_norm(model.eval(), Normalization()), "cpu")
+        plan, _ = method_plan("plain", 2, 2)
+        learned = LearnedNetwork(network, quantize_network(network, split.images, plan))
+        teacher = to_device(network, device)
+        state = qat.start(qat.FineTuning(teacher, learned, split, split, 0, {}), recipe, device)
+        criterion = qat.distillation(teacher, 1.0, 0.0, bf16, settings.compile)
+    else:
+        state = training.start(model, recipe, device)
+    split = split.to(device)
     forward = train.compiled(state.model, device) if settings.compile else state.model
 
     def run() -> float:
-        training.train_epoch(state, split, recipe, Normalization(), forward, lambda: None)
+        training.train_epoch(state, split, recipe, Normalization(), forward, lambda: None, criterion)
         speed = pictures / state.epoch_seconds
         training.next_epoch(state)
         return speed
@@ -167,9 +184,11 @@ def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     device = choose_device(settings.device)
     keep_freed_memory()
-    kinds = {"ours": our_steps(settings, device, bf16=device.type == "cuda")}
-    if settings.bf16 and device.type != "cuda":
-        kinds["bfloat16"] = our_steps(settings, device, bf16=True)
+    kinds = {}
+    for name, tuned in (("ours", False), ("qat", True))[: 1 + settings.qat]:
+        kinds[name] = our_steps(settings, device, device.type == "cuda", tuned)
+        if settings.bf16 and device.type != "cuda":
+            kinds[f"{name} bf16"] = our_steps(settings, device, True, tuned)
     kinds["plain"] = plain_steps(settings, device)
     speeds: dict[str, list[float]] = {name: [] for name in kinds}
     for steps in kinds.values():
@@ -182,16 +201,16 @@ def main() -> int:
     )
     print(f"MobileNetV2 x{settings.width_mult:g}, batch {settings.batch_size}, {name}, torch {torch.__version__}")
     plain = statistics.median(speeds["plain"])
-    print(f"{'':8}{'images/s':>10}{'lowest':>10}{'highest':>10}{'to plain':>10}")
+    print(f"{'':10}{'images/s':>10}{'lowest':>10}{'highest':>10}{'to plain':>10}")
     for kind, values in speeds.items():
         median = statistics.median(values)
-        print(f"{kind:8}{median:10.0f}{min(values):10.0f}{max(values):10.0f}{median / plain:10.2f}")
+        print(f"{kind:10}{median:10.0f}{min(values):10.0f}{max(values):10.0f}{median / plain:10.2f}")
     print(f"medians of {settings.rounds} rounds of {settings.steps} steps, in alternation")
     if device.type == "cuda":
         bandwidth = copy_bandwidth(device)
         floor = bandwidth / bytes_per_picture(MobileNetV2(Architecture(10, settings.width_mult)), 2)
         share = statistics.median(speeds["ours"]) / floor
-        print(f"floor   {floor:10.0f}   images/s at {bandwidth / 1e12:.2f} TB/s copied; ours reaches {share:.0%}")
+        print(f"floor     {floor:10.0f}   images/s at {bandwidth / 1e12:.2f} TB/s copied; ours reaches {share:.0%}")
     return 0
 
 

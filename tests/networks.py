@@ -4,6 +4,8 @@ import torch
 
 from data import Normalization
 from models import Architecture, MobileNetV2
+from network import Op, apply_float, walk
+from quantization import QuantizedNetwork, fake_quantize, prepare
 
 
 def random_model(
@@ -25,3 +27,20 @@ def random_model(
     with torch.no_grad():
         model.train()(Normalization()(images))
     return model.eval()
+
+
+def largest_sum(network: QuantizedNetwork) -> float:
+    """A bound on every partial sum of the integer convolutions: below quantization.EXACT, float32 sums are exact."""
+    return max(step.largest for step in prepare(network))
+
+
+def fake_forward(network: QuantizedNetwork, images: torch.Tensor) -> torch.Tensor:
+    """The network in real numbers with fake quantization, as textbooks have it."""
+
+    def do(op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
+        layer = network.layers.get(op.name)
+        y = apply_float(op, inputs, layer and layer.weight, layer and layer.bias)
+        grid = network.activations.get(op.name)
+        return fake_quantize(y, grid) if grid else y
+
+    return walk(network.ops, network.normalization(images), do)

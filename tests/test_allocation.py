@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import yaml
-from networks import random_model
+from networks import fake_forward, random_model
 
 import allocation
 from allocation import Trial, allocate, fit_size, read_bits, sensitivities, smallest_within, value_sensitivities
@@ -16,7 +16,7 @@ from compression import save_packed
 from data import Normalization
 from errors import UserError
 from network import fold_batch_norm, forward, fused_operations, value_sizes
-from quantization import fake_forward, float_network, with_layers
+from quantization import float_network, with_layers
 
 CHOICES = (2, 4, 8)
 
@@ -227,3 +227,9 @@ def test_a_bits_file_may_name_some_layers_where_the_others_have_bits(case, tmp_p
     layers, values = read_bits(tmp_path / "b.yaml")
     allocation.check_names(tmp_path / "b.yaml", layers, values, case[0].ops, (True, False))
     assert (layers, values) == ({"classifier.1": 4}, {})
+
+
+def test_one_picture_cannot_both_round_and_measure(case):
+    network, images = case
+    with pytest.raises(UserError, match="two calibration pictures"):
+        sensitivities(network, images[:1], Plan(3), (3,))

@@ -53,7 +53,7 @@ def test_every_method_keeps_the_promised_bits(case, method):
     assert all(torch.equal(layer.bias, layer.bias.half().float()) for layer in quantized.layers.values())
 
 
-@pytest.mark.parametrize(("bits", "range_"), [(8, "minmax"), (4, "mse")])
+@pytest.mark.parametrize(("bits", "range_"), [(8, "minmax"), (4, "mse"), (4, "percentile")])
 def test_grids_of_equalized_channels_end_where_relu6_does(case, bits, range_):
     """Above 6 execution would let through what calibration clips."""
     network, calibration, _, _ = case

@@ -389,6 +389,18 @@ LIES = {
 }
 
 
+def test_few_bytes_that_would_make_endless_codes_are_refused(tmp_path, monkeypatch):
+    """A table of one symbol takes nothing from the stream, however many codes there are."""
+    network, path = quantized(4), tmp_path / "bomb.safetensors"
+    same = {
+        name: dataclasses.replace(layer, codes=torch.zeros_like(layer.codes)) for name, layer in network.layers.items()
+    }
+    save_packed(quantization.with_layers(network, same), path, INFO, entropy=True)
+    load_packed(path)
+    monkeypatch.setattr(compression, "MOST_CODES", 1000)
+    assert "more codes than" in refused(path)
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_lies_under_a_valid_digest_are_refused(lie, good, tmp_path):
     path = tmp_path / "lie.safetensors"

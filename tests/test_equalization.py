@@ -109,6 +109,15 @@ def test_values_keep_their_ranges_where_the_weights_that_read_them_have_fewer_bi
     assert "pool" in every and "features.5.conv.1.0" in every and "features.5.conv.0.0" not in every
 
 
+def test_the_classifiers_columns_stay_even_where_it_has_fewer_bits_than_the_pool(case):
+    """And what is pooled with them."""
+    network, images = case
+    last, pooled = network.ops[-1].name, network.ops[-2].inputs[0]
+    assert pooled not in equalized(network, images, Plan(2, 4)).caps
+    assert pooled in equalized(network, images, Plan(2, 4, edge_bits=8)).caps
+    assert torch.equal(equalized(network, images, Plan(2, 4)).weights[last], network.weights[last])
+
+
 def test_sums_and_means_tie_their_values():
     group = tied_values(operations(Architecture()))
     for op in operations(Architecture()):

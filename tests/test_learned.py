@@ -5,7 +5,7 @@ import torch
 
 from calibration import Plan, quantize_network
 from data import Normalization
-from learned import LearnedNetwork, Quantize, latent_codes
+from learned import AtMost, LearnedNetwork, Quantize, latent_codes
 from models import Architecture, MobileNetV2
 from network import Network, fold_batch_norm
 from quantization import QuantizedNetwork, predictor
@@ -148,3 +148,11 @@ def test_a_value_after_relu6_never_passes_six() -> None:
         if op.relu6:
             grid = quantized.activations[op.name]
             assert float(grid.scale) * grid.highest <= 6.01
+
+
+@pytest.mark.parametrize(("x", "grad", "passes"), [(0.5, 1, 1), (0.5, -1, -1), (2.0, 1, 1), (2.0, -1, 0)])
+def test_a_scale_above_its_end_finds_back(x: float, grad: int, passes: int) -> None:
+    value = torch.tensor(x, requires_grad=True)
+    y = AtMost.apply(value, 1.0)
+    y.backward(torch.tensor(float(grad)))
+    assert float(y.detach()) == min(x, 1.0) and float(value.grad) == passes

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import random_model
+from networks import fake_forward, largest_sum, random_model
 
 import quantization as q
 from calibration import Plan, quantize_network
@@ -58,16 +58,23 @@ def test_the_smallest_grids_known_by_heart():
 def test_least_squares_ranges_are_never_worse_than_the_whole(bits, per_channel, symmetric):
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(6, 8, 3, 3, generator=generator) ** 3
-    importance = torch.rand(1, 8, 3, 3, generator=generator)
 
     def error(range_):
-        grid = q.weight_grid(weight, bits, per_channel, symmetric, range_, importance)
-        wrong = (importance * (q.fake_quantize(weight, grid) - weight).square()).flatten(1).sum(1)
+        grid = q.weight_grid(weight, bits, per_channel, symmetric, range_)
+        wrong = (q.fake_quantize(weight, grid) - weight).square().flatten(1).sum(1)
         return wrong if per_channel else wrong.sum()
 
     assert (error("mse") <= error("minmax")).all()
     if bits < 4:
         assert error("mse").sum() < error("minmax").sum()
+
+
+@pytest.mark.parametrize("range_", q.ACTIVATION_RANGES)
+@pytest.mark.parametrize(("low", "high"), [(-3.0, -1.0), (1.0, 3.0), (0.0, 0.0)])
+def test_values_of_one_sign_and_of_none_have_a_grid(range_, low, high):
+    sample = torch.linspace(low, high, 100)
+    grid = q.activation_grid(q.Observation(low, high, sample), 4, False, range_)
+    assert float((q.fake_quantize(sample, grid) - sample).abs().max()) <= 0.51 * float(grid.scale) + 1e-3
 
 
 @pytest.mark.parametrize("unsigned", [True, False])
@@ -146,7 +153,7 @@ def integer_logits(network, images):
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_evaluation_is_integer_arithmetic(weight_bits, activation_bits, per_channel):
     _, quantized, images = quantized_network(weight_bits, activation_bits, per_channel=per_channel)
-    assert q.largest_sum(quantized) < 2**24
+    assert largest_sum(quantized) < 2**24
     logits = q.predictor(quantized)(images[:3]).numpy()
     np.testing.assert_array_equal(logits, integer_logits(quantized, images[:3]))
 
@@ -155,7 +162,7 @@ def test_layers_with_larger_sums_run_in_float64(monkeypatch):
     """Oracle: the same network in float32, which holds its sums; and a layer whose sums it does not hold, in numpy."""
     _, quantized, images = quantized_network(8, 8)
     logits = q.predictor(quantized)(images[:3])
-    monkeypatch.setattr(q, "EXACT", q.largest_sum(quantized) / 2)
+    monkeypatch.setattr(q, "EXACT", largest_sum(quantized) / 2)
     kinds = {step.weight.dtype for step in q.prepare(quantized) if step.weight is not None}
     assert kinds == {torch.float32, torch.float64}
     assert torch.equal(q.predictor(quantized)(images[:3]), logits)
@@ -181,7 +188,7 @@ def test_eight_bits_are_close_to_fp32_and_two_are_not(weight_bits, activation_bi
     network, quantized, images = quantized_network(weight_bits, activation_bits)
     with torch.no_grad():
         expected = forward(network, images)
-        fake = q.fake_forward(quantized, images)
+        fake = fake_forward(quantized, images)
     logits = q.predictor(quantized)(images)
     scale = expected.std()
     tolerance = 0.2 if weight_bits or activation_bits else 1e-5

@@ -8,9 +8,9 @@ from test_learned import assert_same, small_network, start_of
 
 from compression import load_packed, save_packed
 from learned import LearnedNetwork
-from network import INPUT, Network, forward
+from network import INPUT, Network, forward, run_ops
 from quantization import QuantizedNetwork, predictor
-from reconstruction import Reconstruction, blocks, divergence, float_block, reconstruct, tune
+from reconstruction import Reconstruction, blocks, divergence, reconstruct, tune
 
 FAST = Reconstruction(iterations=8, network_iterations=8, batch_size=8, held_out=0.25, code_rate=0.03, drop=0.5)
 
@@ -33,7 +33,7 @@ def test_blocks_are_the_network() -> None:
     x = network.normalization(images)
     for ops in parts:
         assert ops[0].inputs == (INPUT,)
-        x = float_block(network, ops, x)
+        x = run_ops(network, ops, x)
     torch.testing.assert_close(x, forward(network, images))
 
 
@@ -91,6 +91,11 @@ def test_packed_and_read_back(done, tmp_path: Path) -> None:
     save_packed(result, tmp_path / "packed.safetensors", {})
     network, _ = load_packed(tmp_path / "packed.safetensors")
     assert torch.equal(predictor(network)(images), predictor(result)(images))
+
+
+def test_of_a_single_picture_nothing_is_learned(done) -> None:
+    network, images, start, *_ = done
+    assert reconstruct(network, start, images[:1], FAST) is start
 
 
 def test_same_seed_same_network(done) -> None:

@@ -150,3 +150,15 @@ def test_fewer_pictures_than_inputs_that_hardly_vary(spread):
     sums = rounding.moments(Op("classifier", "linear", ("pool",)), x, x @ weight.T, ())
     codes, grid = rounding.round_weight(weight, sums, weight_grid(weight, 8), "cd", True, False, ())
     assert float((dequantize(codes, grid) - weight).abs().max()) < 20 * float(grid.scale.max())
+
+
+@pytest.mark.parametrize("method", ["gptq", "cd"])
+@pytest.mark.parametrize("positions", [256, 8192, 32768])
+def test_inputs_that_never_change_over_many_positions(method, positions):
+    """Centred moments of constants are rounding errors of float32 alone, which grow with the positions."""
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.rand(1, 24, 1, 1, generator=generator)).expand(positions // 64, -1, 8, 8)
+    weight = torch.randn(5, 24, 1, 1, generator=generator)
+    sums = rounding.moments(Op("l", "conv", ("x",)), x, F.conv2d(x, weight), (1, 1))
+    codes, grid = rounding.round_weight(weight, sums, weight_grid(weight, 8), method, True, False, ())
+    assert float((dequantize(codes, grid) - weight).abs().max()) < 20 * float(grid.scale.max())
