@@ -106,8 +106,9 @@ def load(path: Path) -> Checkpoint:
             normalization=Normalization(**{**fields["normalization"], "mean": tuple(fields["normalization"]["mean"])}),
             **{name: fields[name] for name in ("dataset", "metrics")},
         )
+        check_header(checkpoint)
         expected = skeleton(checkpoint.architecture)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError):
         raise UserError(
             f"{path} is not a checkpoint of this project (no header that fits); give one that train.py wrote"
         ) from None
@@ -117,7 +118,19 @@ def load(path: Path) -> Checkpoint:
             "it is damaged, give another --checkpoint"
         )
     check_state(expected, state, path)
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{path} has weights that are not finite numbers; give another --checkpoint")
     return checkpoint
+
+
+def check_header(checkpoint: Checkpoint) -> None:
+    """ValueError or AttributeError where fields that are used later are of another type or out of range."""
+    numbers = [checkpoint.metrics.get(name) for name in ("val_size", "split_seed", "seed")]
+    texts = (checkpoint.dataset, *checkpoint.classes)
+    if not all(n is None or (type(n) is int and 0 <= n < 2**31) for n in numbers):
+        raise ValueError("numbers out of range")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("names that are no text")
 
 
 def build_model(checkpoint: Checkpoint, path: Path | str = "the checkpoint") -> MobileNetV2:

@@ -19,7 +19,6 @@ damaged anywhere is refused before anything in it is used; lengths and ranges ar
 
 import hashlib
 import json
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -516,9 +515,8 @@ def from_blobs(
 ) -> QuantizedNetwork:
     """The network of a manifest and its blobs; raises some error where they do not agree."""
     architecture = Architecture(**document["architecture"])
-    mean, std = tuple(document["normalization"]["mean"]), float(document["normalization"]["std"])
-    if len(mean) != 3 or not all(type(m) is int and 0 <= m <= 255 for m in mean) or not 0 < std < math.inf:
-        raise ValueError("a normalisation out of range")
+    normal = document["normalization"]
+    normalization = Normalization(tuple(normal["mean"]), float(normal["std"]))
     ops, blobs = operations(architecture), Blobs(tensors)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in MobileNetV2(architecture).state_dict().items()}
@@ -548,7 +546,7 @@ def from_blobs(
         grids = {op.name: unpack_grid(content[4 * i : 4 * i + 4]) for i, op in enumerate(ops)}
         activations = {name: grid for name, grid in grids.items() if grid is not None}
     blobs.finish()
-    return QuantizedNetwork(architecture, Normalization(mean, std), ops, layers, activations)
+    return QuantizedNetwork(architecture, normalization, ops, layers, activations)
 
 
 def read_grid(blobs: Blobs, form: LayerFormat, out: int) -> Grid:

@@ -41,10 +41,15 @@ CACHE_VERSION = "1"
 
 @dataclass(frozen=True)
 class Normalization:
-    """x = (pixel - mean[c]) / std, pixel in 0..255."""
+    """x = (pixel - mean[c]) / std, pixel in 0..255. ValueError or TypeError for other numbers, as from a file."""
 
     mean: tuple[int, int, int] = (125, 123, 114)  # CIFAR-10's training mean, rounded to whole pixels
     std: float = 64.0  # CIFAR-10's is 63.0, 62.1, 66.7; one value keeps the input a per-tensor grid
+
+    def __post_init__(self) -> None:
+        whole = len(self.mean) == 3 and all(type(m) is int and 0 <= m <= 255 for m in self.mean)
+        if not whole or not 0 < self.std < float("inf"):
+            raise ValueError("a normalisation out of range")
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] → float32 [N, 3, H, W] in channels_last."""

@@ -110,7 +110,8 @@ def batch_effect(frame: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    others = ["dataset", "checkpoint", "width_mult", "weight_per_channel", "seed"]  # what may differ beside the batch
+    others = ["dataset", "dataset_crc32", "checkpoint", "checkpoint_hash", "width_mult", "weight_per_channel"]
+    others += ["seed", "method", "calib_pictures"]  # what may differ beside the batch
     keys = [*BITS, *(name for name in others if name in frame and frame[name].nunique(dropna=False) > 1)]
     rows = []
     for key, group in frame.groupby(keys, dropna=False):
@@ -407,7 +408,7 @@ def heading(frame: pd.DataFrame) -> str:
     parts = [f"MobileNetV2 on {frame['dataset'].iloc[0]}"] if unique(frame, "dataset") else ["MobileNetV2"]
     if unique(frame, FP32_ACCURACY):
         parts.append(f"FP32 {frame[FP32_ACCURACY].iloc[0]:.2f} %")
-    return ", ".join([*parts, f"{len(frame)} measured configurations"])
+    return ", ".join([*parts, f"{len(frame)} runs"])
 
 
 def unique(frame: pd.DataFrame, column: str) -> bool:

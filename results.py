@@ -68,7 +68,10 @@ def read(path: Path) -> list[dict[str, str]]:
     reader = csv.DictReader(io.StringIO(text))
     if tuple(reader.fieldnames or ()) not in (COLUMNS, OLDER):
         raise UserError(f"--output {path} has other columns than this program's results; give another file")
-    return [dict.fromkeys(COLUMNS, "") | row for row in reader]
+    rows = [dict.fromkeys(COLUMNS, "") | row for row in reader]
+    if any(None in row or None in row.values() for row in rows):  # one has more or fewer cells than the header
+        raise UserError(f"--output {path} has a row that does not fit its header; mend it, or give another file")
+    return rows
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -105,4 +108,9 @@ def text(value: Any) -> str:
 
 def has(rows: list[dict[str, str]], row: Mapping[str, Any]) -> bool:
     """Whether `rows` holds a measurement of the same point."""
-    return any(all(old[name] == text(row[name]) for name in KEY) for old in rows)
+    return any(same(old, row) for old in rows)
+
+
+def same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
+    """Whether a row that was read is a measurement of the same point."""
+    return all(old[name] == text(row[name]) for name in KEY)

@@ -36,7 +36,7 @@ def load(path: Path | None, dataset: str | None, data_dir: Path, validation: boo
     the network has seen these pictures then, calibration has not. UserError where files do not fit each other."""
     path = path or default_checkpoint()
     checkpoint = checkpoints.load(path)
-    pictures = load_data(dataset, data_dir, checkpoint.dataset, checkpoint.classes)
+    pictures = load_data(dataset, data_dir, path, checkpoint.dataset, checkpoint.classes)
     splits = split_as_trained(checkpoint, pictures.train, validation)
     network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
     named = pictures.name, pictures.crc32
@@ -49,8 +49,9 @@ def default_checkpoint() -> Path:
     return own if own.exists() else checkpoints.DEFAULT_CHECKPOINT
 
 
-def load_data(name: str | None, data_dir: Path, hint: str, classes: tuple[str, ...]) -> data.Dataset:
-    """The data set asked for, else a folder of pictures in `data_dir`, else `hint`; its classes must be `classes`."""
+def load_data(name: str | None, data_dir: Path, model: Path, hint: str, classes: tuple[str, ...]) -> data.Dataset:
+    """The data set asked for, else a folder of pictures in `data_dir`, else `hint`; its classes must be `classes`,
+    which are those of the file `model`."""
     found = name or data.default_name(data_dir)
     if not name and found != "folder" and classes != data.CIFAR10_CLASSES:
         found = hint
@@ -58,7 +59,7 @@ def load_data(name: str | None, data_dir: Path, hint: str, classes: tuple[str, .
     if dataset.classes != classes:
         raise UserError(
             f"--data-dir {data_dir} ({found}) has the classes {', '.join(dataset.classes[:3])}, ... but the "
-            f"model knows {', '.join(classes[:3])}, ...; give the data set it was trained on"
+            f"model {model} knows {', '.join(classes[:3])}, ...; give the data set it was trained on"
         )
     return dataset
 
@@ -69,7 +70,7 @@ def split_as_trained(checkpoint: Checkpoint, train: data.Split, validation: bool
     known = checkpoint.metrics.get("val_crc32") if size else None
     if validation and not size:
         size = len(train) // 10
-    rest, held_out = data.stratified_split(train, min(size, len(train) - 1), seed)
+    rest, held_out = data.stratified_split(train, min(size, len(train) // 10), seed)  # as train.py
     if known and data.split_checksum(held_out) != known:
         print(
             "note: these training pictures are not those of the checkpoint, or in another order: the pictures held out "

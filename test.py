@@ -4,7 +4,7 @@ examples:
   python test.py                                                         the FP32 checkpoint
   python test.py --weight-bits 4 --act-bits 8                            one evaluation
   python test.py --weight-bits 4 --save-packed mnv2_w4.safetensors       and keep the packed file
-  python test.py --packed mnv2_w4.safetensors                            evaluate it, with nothing else at hand
+  python test.py --packed mnv2_w4.safetensors                            evaluate it; no checkpoint needed
   python test.py --weight-bits 8,6,4 --act-bits 8,6,4                    a grid, and parallel_coordinates.png
   python test.py --target-size-mb 0.8 --bits-file bits.yaml              bits of each layer for the best 0.8 MB file
   python test.py --max-drop 1.0 --bits-file bits.yaml                    the smallest file, a point below FP32 at most
@@ -186,6 +186,7 @@ def main() -> int:
     keep_freed_memory()
     points = [settings] if tracking.under_agent() else grid(settings)
     subject, fp32, known = None, None, 0
+    choose_device(settings.device)  # what cannot be used is told before the data set is read
     rows = results.read(settings.output)
     with tqdm(points, desc="grid", unit="point", disable=None if len(points) > 1 else True) as bar:
         for one in bar:
@@ -196,6 +197,7 @@ def main() -> int:
                     continue
             with tracking.run(one, "evaluation", label, one.log_wandb) as tracked:
                 one = tracked.settings
+                check_used(one)
                 check_targets(one)
                 with tempfile.TemporaryDirectory() as folder:
                     if one.packed:
@@ -212,7 +214,9 @@ def main() -> int:
 
         if known:
             print(f"{known} of {len(points)} points are in {settings.output} already; --again measures them again")
-        page = report.write_plots(report.read_results(settings.output), settings.plot)
+        keys = [key(one, subject) for one in points]  # the picture is of this grid alone
+        rows = [row for row in results.read(settings.output) if any(results.same(row, one) for one in keys)]
+        page = report.write_plots(report.to_frame(rows), settings.plot)
         print(f"wrote {settings.output}, {settings.plot} and {page}")
     return 0
 
@@ -222,19 +226,31 @@ def main() -> int:
 
 def grid(settings: Settings) -> list[Settings]:
     """One Settings per combination of the bits; several points cannot share one --save-packed."""
+    check_used(settings)
     pairs = list(itertools.product(settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,)))
     if len(pairs) > 1:
         if settings.save_packed or settings.packed or settings.mixed:
             name = "--save-packed" if settings.save_packed else "--packed" if settings.packed else "mixed precision"
             raise UserError(f"{name} goes with one pair of bits, not with a grid of {len(pairs)}")
-        if settings.plot.suffix == ".html":
-            raise UserError(f"--plot is {settings.plot}; expected a .png, the .html is written beside it")
+        if settings.plot.suffix != ".png":
+            raise UserError(f"--plot is {settings.plot}; expected a .png, an .html is written beside it")
         for path in (settings.plot, settings.plot.with_suffix(".html")):
             check_writable(path)
+        if any(same_file(settings.output, path) for path in (settings.plot, settings.plot.with_suffix(".html"))):
+            raise UserError(f"--output and --plot both write {settings.output}; give one of them another name")
     points = [dataclasses.replace(settings, weight_quant_bits=(w,), activation_quant_bits=(a,)) for w, a in pairs]
     if settings.mixed and not settings.packed:
         point_of(points[0])  # what does not go together is told before anything is loaded
     return points
+
+
+def check_used(settings: Settings) -> None:
+    """UserError for a setting of quantization where nothing is quantized."""
+    if settings.weight_quant_bits or settings.activation_quant_bits or settings.mixed or settings.packed:
+        return
+    for field in dataclasses.fields(settings):
+        if field.metadata["group"] == "quantization" and getattr(settings, field.name) != field.default:
+            raise UserError(f"{flag(field.name)} goes with --weight-bits or --act-bits; leave it out, or add one")
 
 
 def check_targets(settings: Settings) -> None:
@@ -242,7 +258,13 @@ def check_targets(settings: Settings) -> None:
     sources = (settings.packed, settings.checkpoint or subjects.default_checkpoint())
     if any(same_file(settings.save_packed, source) for source in sources):
         raise UserError(f"--save-packed is {settings.save_packed}, which is evaluated; give it another name")
-    for path in filter(None, (settings.output, settings.save_packed)):
+    named = {"--save-packed": settings.save_packed, "--output": settings.output}
+    if any(settings.searched):
+        named["--bits-file"] = settings.bits_file
+    for (one, path), (other, second) in itertools.combinations(named.items(), 2):
+        if same_file(path, second):
+            raise UserError(f"{one} and {other} both write {path}; give one of them another name")
+    for path in filter(None, named.values()):
         check_writable(path)
 
 
@@ -277,7 +299,7 @@ def exceptions(
     flags = ("--weight-bits", "--act-bits")
     for name, bits, searched in zip(flags, (weight_bits, activation_bits), settings.searched, strict=True):
         if bits and searched:
-            raise UserError(f"{name} is what the target of mixed precision chooses; leave {name} away")
+            raise UserError(f"{name} is what the target of mixed precision chooses; leave out {name}")
     if any(settings.searched):
         return {}, {}
     layers, values = allocation.read_bits(settings.bits_file)
@@ -299,6 +321,8 @@ def label(settings: Settings) -> tracking.Labels:
 
 
 def load_subject(settings: Settings) -> Subject:
+    if not settings.checkpoint:
+        print(f"checkpoint: {subjects.default_checkpoint()}")
     return subjects.load(settings.checkpoint, settings.dataset, settings.data_dir, validation=settings.mixed)
 
 
@@ -347,8 +371,6 @@ def described(settings: Settings, subject: Subject, fp32: Score, point: Point) -
 
 def search(settings: Settings, subject: Subject, fp32: Score, point: Point) -> tuple[Point, QuantizedNetwork]:
     """Mixed precision: the plan with the bits found, and the network quantized so; --bits-file is written."""
-    if settings.bits_file:
-        check_writable(settings.bits_file)
     network, images, plan = subject.network, calibration(settings, subject), point.plan
     notes = [f"Bits of each layer and value, by test.py; method {point.method}, checkpoint {subject.hash}."]
     if settings.target_activation_bits:
@@ -416,7 +438,7 @@ def evaluate_packed(settings: Settings) -> Outcome:
         made = field.metadata["group"] in ("quantization", "mixed precision")
         given = getattr(settings, field.name) not in (field.default, (32,))
         if given and (made or field.name in ("checkpoint", "save_packed")):
-            raise UserError(f"--packed has weights, bits and method in the file; leave {flag(field.name)} away")
+            raise UserError(f"--packed has weights, bits and method in the file; leave out {flag(field.name)}")
     network, info, seconds = unpacked(settings.packed)
     try:
         known, classes, hint = dict(info["row"]), tuple(info["classes"]), info["dataset"]
@@ -425,7 +447,7 @@ def evaluate_packed(settings: Settings) -> Outcome:
         raise UserError(
             f"{settings.packed} was not written by test.py --save-packed; it does not name its classes"
         ) from None
-    dataset = subjects.load_data(settings.dataset, settings.data_dir, hint, classes)
+    dataset = subjects.load_data(settings.dataset, settings.data_dir, settings.packed, hint, classes)
     sizes = packed_sizes(settings.packed)
     row = (
         {name: None for name in results.COLUMNS}

@@ -1,17 +1,19 @@
 """Trains an FP32 MobileNetV2 and saves its best checkpoint.
 
 examples:
-  python train.py --dataset digits --width-mult 0.35 --epochs 15     a minute, no download
-  python train.py --data-dir ./data                                  CIFAR-10 (fetched) or a folder of pictures
-  python train.py --data-dir ./data --resume                         goes on after Ctrl-C, SIGTERM or a crash
+  python train.py --dataset digits --width-mult 0.35 --epochs 15 --save-path digits.pth    a minute, no download
+  python train.py --data-dir ./data                            CIFAR-10 (fetched) or a folder of pictures
+  python train.py --data-dir ./data --resume                   goes on after Ctrl-C, SIGTERM or a crash
   python train.py --qat --weight-quant-bits 2 --activation-quant-bits 4 --checkpoint C --epochs 5
-                                                                     quantization-aware fine-tuning to a packed file
+                                                               quantization-aware fine-tuning to a packed file
 """
 
 import dataclasses
 import json
 import math
+import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +39,7 @@ from evaluation import Score, choose_device, normalized, score
 from files import check_writable, same_file
 from interrupts import Interrupted, signals_caught
 from models import Architecture, MobileNetV2, multiply_adds, skeleton
-from subject import split_of
+from subject import split_as_trained, split_of
 from traininglog import Epoch, open_log
 
 IMAGENET = data.Normalization((124, 116, 104), 58.0)  # what torchvision's weights were trained with, rounded to pixels
@@ -169,12 +171,15 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     check_together(settings)
     device = choose_device(settings.device)
     recipe = make_recipe(settings, device)
-    for path in (settings.save_path, resume_path(settings), log_path(settings)):
+    check_writable(settings.save_path)
+    for path in (resume_path(settings), log_path(settings)):
         check_writable(path)
     saved = saved_state(settings) if settings.resume else None
     if saved and saved["finished"]:
         print(f"this run is finished; {settings.save_path} is its checkpoint")
         return load_best(settings)
+    if not saved and settings.save_path.exists():
+        raise UserError(f"{settings.save_path} is there already; give another --save-path, or delete it")
 
     run = start(settings, recipe, device, saved)
     state = run.state
@@ -224,7 +229,9 @@ def check_together(settings: Settings) -> None:
     for name in FP32_ONLY if settings.qat else QAT_ONLY:
         if getattr(settings, name) != getattr(Settings, name):
             there = "does nothing with --qat" if settings.qat else "goes with --qat"
-            raise UserError(f"{flag(name)} {there}; leave it away" + ("" if settings.qat else ", or add --qat"))
+            raise UserError(f"{flag(name)} {there}; leave it out" + ("" if settings.qat else ", or add --qat"))
+    if settings.compile:
+        check_compiler(choose_device(settings.device))
 
 
 def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
@@ -248,7 +255,7 @@ def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
 def start(settings: Settings, recipe: training.Recipe, device: torch.device, saved: dict[str, Any] | None) -> Run:
     """Data and network before the first step, or, from `saved`, before the next one."""
     dataset = data.load(settings.dataset, settings.data_dir)
-    tuning, split_seed = None, settings.seed
+    tuning = None
     if settings.qat:
         bits = settings.weight_quant_bits, settings.activation_quant_bits
         tuning = qat.first_tuning(settings.checkpoint, dataset, *bits, settings.seed, device)
@@ -257,10 +264,7 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
         state = qat.start(tuning, recipe, device)
     else:
         first = checkpoints.load(settings.checkpoint) if settings.checkpoint else None
-        held_out = min(settings.val_size, len(dataset.train) // 10)
-        if first and first.classes == dataset.classes:  # what chose the first weights, or trained them, stays apart
-            split_seed = split_of(first)[1]
-        rest, val = data.stratified_split(dataset.train, held_out, split_seed)
+        rest, val, split_seed = split(settings, dataset, first)
         model, normalization = first_model(settings, dataset, rest, first, saved)
         state = training.start(model, recipe, device)
     run = Run(
@@ -280,6 +284,28 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
         restore(run, saved)
     describe(run, device, saved is not None)
     return run
+
+
+def split(settings: Settings, dataset: data.Dataset, first: Checkpoint | None) -> tuple[data.Split, data.Split, int]:
+    """(training pictures, validation pictures, the seed that drew them). What a checkpoint `first` held out stays held
+    out: the other pictures trained its weights, and validation would choose by what they know by heart."""
+    seed, size = settings.seed, min(settings.val_size, len(dataset.train) // 10)
+    if first and first.classes == dataset.classes:
+        held_out, seed = split_of(first)
+        if held_out:
+            if settings.val_size != Settings.val_size and size != held_out:
+                raise UserError(
+                    f"--val-size is {settings.val_size}, but {settings.checkpoint} was trained without {held_out} "
+                    "pictures, and they are held out again; leave it out"
+                )
+            return *split_as_trained(first, dataset.train), seed
+        if size:
+            print(
+                f"note: {settings.checkpoint} names no pictures that it was not trained on: those held out here may "
+                "have trained it",
+                file=sys.stderr,
+            )
+    return *data.stratified_split(dataset.train, size, seed), seed
 
 
 def first_model(
@@ -322,8 +348,15 @@ def describe(run: Run, device: torch.device, resumed: bool) -> None:
         print(f"goes on in epoch {state.epoch + 1} at step {state.step + 1}, from {path}")
     elif settings.resume:
         print(f"nothing to resume ({path} does not exist): starts at epoch 1")
-    elif path.exists() and path.stat().st_size > FINISHED_BYTES:
+    elif path.exists() and path.stat().st_size > FINISHED_BYTES:  # of a run cut in its first epoch: no checkpoint yet
         print(f"starts at epoch 1 and overwrites {path}; --resume would have gone on from it")
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError where torch.compile would find no compiler, after minutes and in many lines."""
+    names = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
+    if not any(shutil.which(os.environ.get(name, name)) for name in names):
+        raise UserError(f"--compile needs a C++ compiler; install {names[1]}, or leave out --compile")
 
 
 def compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -523,8 +556,11 @@ def log_path(settings: Settings) -> Path:
 
 def label(settings: Settings) -> tracking.Labels:
     """How W&B shows the run: by what is searched over, grouped by data set."""
-    numbers = f"lr{settings.lr:.3g}-wd{settings.weight_decay:.3g}-ls{settings.label_smoothing:.3g}"
     dataset = settings.dataset or data.default_name(settings.data_dir)
+    if settings.qat:
+        bits = f"w{settings.weight_quant_bits or 32}a{settings.activation_quant_bits or 32}"
+        return tracking.Labels(f"{bits}-qat-lr{settings.qat_lr:.3g}-s{settings.seed}", dataset, ("QAT",))
+    numbers = f"lr{settings.lr:.3g}-wd{settings.weight_decay:.3g}-ls{settings.label_smoothing:.3g}"
     return tracking.Labels(f"width{settings.width_mult:g}-{numbers}-s{settings.seed}", dataset, ("FP32",))
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back, nothing is unpickled, and what does not fit is said."""
 
 import dataclasses
+import json
+import math
 import os
 import pickle
 import urllib.error
@@ -99,13 +101,34 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, small, suffix, name, tensor
         ({"architecture": Architecture(3, 0.35)}, "does not fit a network of width 0.35 with 3 classes"),
         ({"architecture": Architecture(3, "wide")}, "no header that fits"),
         ({"architecture": Architecture("many", 0.1)}, "no header that fits"),
+        ({"architecture": Architecture(3, math.inf)}, "no header that fits"),
         ({"classes": ("a", "b")}, "names 2 classes for 3 outputs"),
+        ({"classes": ("a", "b", 3)}, "no header that fits"),
+        ({"metrics": []}, "no header that fits"),
+        ({"metrics": {"val_size": "abc"}}, "no header that fits"),
+        ({"metrics": {"split_seed": 2**70}}, "no header that fits"),
     ],
 )
 def test_headers_that_do_not_fit_are_refused(tmp_path, small, changes, message):
     checkpoints.save(dataclasses.replace(small, **changes), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=message):
         checkpoints.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("normal", [{"mean": [1, 2]}, {"mean": "abc"}, {"std": 0}, {"std": -1.0}, {"std": "NaN"}])
+def test_normalisations_that_are_none_are_refused(tmp_path, small, normal):
+    header = json.loads(checkpoints.to_header(small))
+    header["normalization"] |= {name: math.nan if value == "NaN" else value for name, value in normal.items()}
+    checkpoints.write_torch(tmp_path / "a.pth", {"checkpoint": json.dumps(header), "state": small.state})
+    with pytest.raises(UserError, match="no header that fits"):
+        checkpoints.load(tmp_path / "a.pth")
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path, small):
+    state = small.state | {"classifier.1.bias": small.state["classifier.1.bias"] * math.nan}
+    checkpoints.save(dataclasses.replace(small, state=state), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="weights that are not finite numbers"):
+        checkpoints.load(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

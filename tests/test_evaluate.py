@@ -88,6 +88,28 @@ def test_a_grid_goes_on_where_it_stopped(call, program, monkeypatch):
     assert sizes["2"] < sizes["8"]
 
 
+def test_the_picture_of_a_grid_is_of_this_grid(call, monkeypatch):
+    import report
+
+    drawn = []
+    monkeypatch.setattr(report, "write_plots", lambda frame, path: drawn.append(frame) or path)
+    for method in ("plain", "nearest"):
+        assert call("--weight-bits", "8,4", "--rounding", method, "--calib-batches", "1")[0] == 0
+    assert [set(frame["method"]) for frame in drawn] == [{"plain"}, {"nearest"}]
+    assert [sorted(frame[report.WEIGHTS]) for frame in drawn] == [[4, 8]] * 2
+
+
+def test_the_checkpoint_that_was_not_named_is_said(call, pictures):
+    Path("checkpoints").mkdir()
+    Path("c.safetensors").rename("checkpoints/mnv2_fp32_best.pth")
+    code, _, err = call(checkpoint=False)
+    assert code == 2 and "mnv2_fp32_best.pth" in err  # it is a .safetensors inside
+    Path("checkpoints/mnv2_fp32_best.pth").unlink()
+    code, out, err = call("--dataset", "digits", checkpoint=False, data=False)
+    name = "mnv2_cifar10_fp32.safetensors"
+    assert code == 2 and name in out and f"{name} knows airplane" in err
+
+
 def test_the_same_grid_on_other_pictures_is_measured(call, pictures):
     shutil.copytree(pictures, "other")
     next((Path("other") / "test" / "class0").iterdir()).unlink()
@@ -158,6 +180,12 @@ def test_mixed_precision_keeps_its_promise_and_comes_back(call, flags, column, m
         (["--save-packed", ".", "--weight-bits", "4"], "cannot write ."),
         (["--weight-bits", "4,2", "--plot", "p.html"], "--plot"),
         (["--seed", "99999999999999999999"], "--seed"),
+        (["--entropy"], "--entropy goes with --weight-bits or --act-bits"),
+        (["--device", "nope"], "--device is 'nope'"),
+        (["--weight-bits", "4,2", "--plot", "."], "--plot"),
+        (["--weight-bits", "4,2", "--plot", "o.png", "--output", "./o.png"], "--output and --plot both write"),
+        (["--weight-bits", "4", "--save-packed", "o.csv", "--output", "o.csv"], "--save-packed and --output both"),
+        (["--target-size-mb", "1", "--bits-file", "r", "--output", "r"], "--output and --bits-file both write"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(call, flags, words):

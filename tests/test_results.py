@@ -40,3 +40,12 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     with pytest.raises(UserError, match="--output"):
         results.append(path, row())
     assert path.read_bytes() == content
+
+
+def test_a_row_with_a_cell_too_many_is_told(tmp_path):
+    path = tmp_path / "r.csv"
+    results.append(path, row())
+    for spoilt in (path.read_text().rstrip() + ",my note\n", path.read_text().rpartition(",")[0] + "\n"):
+        path.write_text(spoilt)
+        with pytest.raises(UserError, match="has a row that does not fit its header"):
+            results.read(path)

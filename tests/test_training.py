@@ -162,7 +162,12 @@ def test_resume_says_what_does_not_fit(tmp_path, pictures, monkeypatch, capsys):
     with pytest.raises(UserError, match="--epochs 1, not 2; give the same settings"):
         train.train(settings(pictures, tmp_path, epochs=2, resume=True))
 
+    with pytest.raises(UserError, match="net.safetensors is there already; give another --save-path"):
+        train.train(settings(pictures, tmp_path, epochs=1))
+    assert (tmp_path / "net.safetensors").read_bytes() == saved
+
     monkeypatch.setattr(train, "save_finished", lambda _: None)
+    (tmp_path / "net.safetensors").unlink()
     train.train(settings(pictures, tmp_path, epochs=1))
     for name, value in (("lr", 0.1), ("batch_size", 5), ("ema_decay", 0.5), ("progressive_sizes", (8, 16))):
         with pytest.raises(UserError, match=f"--resume: .*{train.flag(name)} "):
@@ -178,6 +183,7 @@ def test_resume_says_what_does_not_fit(tmp_path, pictures, monkeypatch, capsys):
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(UserError, match="resume cannot be read .*delete it"):
         train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+    (tmp_path / "net.safetensors").unlink()
     train.train(settings(pictures, tmp_path, epochs=1))  # a damaged state does not keep a new run from starting
 
 
@@ -238,13 +244,11 @@ def test_means_of_an_epoch_cut_by_the_clock_are_over_the_pictures_seen(tmp_path,
     assert math.isclose(rows[0].train_acc, 100 * float((logits.argmax(1) == batch.labels).float().mean()), abs_tol=0.01)
 
 
-def test_divergence_is_one_line_and_keeps_the_checkpoint(tmp_path, pictures, run_main):
-    train.train(settings(pictures, tmp_path, epochs=1))
-    before = (tmp_path / "net.safetensors").read_bytes()
+def test_divergence_is_one_line_and_leaves_no_checkpoint(tmp_path, pictures, run_main):
     wild = settings(pictures, tmp_path, lr=1e30, warmup_epochs=0.0)
     code, _, err = run_main(train, *train.to_argv(wild))
     assert code == 2 and err.startswith("error: training diverged in epoch ") and err.count("\n") == 1
-    assert "--lr" in err and (tmp_path / "net.safetensors").read_bytes() == before
+    assert "--lr" in err and not (tmp_path / "net.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +256,7 @@ def test_divergence_is_one_line_and_keeps_the_checkpoint(tmp_path, pictures, run
     [
         ("--save-path {tmp}/file/net.pth", "cannot write {tmp}/file/net.pth"),
         ("--save-path {tmp}", "cannot write {tmp}: it is a folder"),
+        ("--save-path .", "cannot write .: it is a folder"),
         ("--log-file {tmp}/file/log.txt", "cannot write {tmp}/file/log.txt"),
         ("--epochs 2 --warmup-epochs 2", "--warmup-epochs is 2.0; expected less than --epochs 2"),
         ("--device cuda", "--device cuda cannot be used here"),
@@ -287,14 +292,14 @@ def test_starting_from_a_checkpoint(tmp_path, pictures, capsys):
     still = dict(lr=0.0, epochs=1)
     for first, same in (("3-0.1", True), ("10-0.1", False)):
         path = tmp_path / f"{first}.pth"
-        end = train.train(settings(pictures, tmp_path, checkpoint=path, **still))
+        end = train.train(settings(pictures, tmp_path / first, checkpoint=path, **still))
         begin = checkpoints.load(path)
         assert end.normalization == begin.normalization
         assert torch.equal(end.state["features.0.0.weight"], begin.state["features.0.0.weight"])
         assert ("the classifier starts anew" in capsys.readouterr().out) != same
         assert torch.equal(end.state["classifier.1.weight"], begin.state["classifier.1.weight"]) if same else True
     with pytest.raises(UserError, match="3-0.2.pth does not fit a network of width 0.1"):
-        train.train(settings(pictures, tmp_path, checkpoint=tmp_path / "3-0.2.pth", **still))
+        train.train(settings(pictures, tmp_path / "wide", checkpoint=tmp_path / "3-0.2.pth", **still))
 
 
 def test_the_readmes_line_parses():
@@ -525,6 +530,13 @@ def test_weights_that_go_on_keep_their_held_out_pictures_apart(pictures, tmp_pat
         rest, held_out = split_as_trained(made, everything)
         assert data.split_checksum(held_out) == made.metrics["val_crc32"]
     assert "another order" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="--val-size is 2, but .*trained without 4 pictures"):
+        again = dict(epochs=1, val_size=2, checkpoint=tmp_path / "net.safetensors")
+        train.train(settings(pictures, tmp_path / "c", **again))
+    whole = dict(epochs=1, val_size=0)
+    train.train(settings(pictures, tmp_path / "d", **whole))
+    train.train(settings(pictures, tmp_path / "e", epochs=1, checkpoint=tmp_path / "d" / "net.safetensors"))
+    assert "may have trained it" in capsys.readouterr().err
     split_as_trained(first, everything[torch.arange(len(everything) - 1, -1, -1)])
     assert "another order" in capsys.readouterr().err
 
