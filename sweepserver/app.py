@@ -66,7 +66,7 @@ class Server:
     def __init__(self, settings: Settings):
         self.key, self.entity = settings.key, settings.entity
         self.store = Store(settings.folder)
-        self.runs = Runs(self.store)
+        self.runs = Runs(self.store, settings.entity)
         secret = hashlib.sha256(b"signed addresses:" + settings.key.encode()).digest()
         self.files = Files(self.store, settings.folder / "blobs", secret, settings.upload_limit)
         self.scheduler = Scheduler(self.store, self.runs, settings.rules)
@@ -177,7 +177,7 @@ def build(settings: Settings) -> Starlette:
             raise TooLarge
         try:
             stored = await server.files.put(what["owner"], what["name"], request.stream(), what.get("md5"))
-        except OSError:  # a full disk: a 5xx would only make the client repeat it
+        except (OSError, sqlite3.OperationalError):  # a full disk: a 5xx would only make the client repeat it
             log.exception("a file could not be stored")
             stored = False
         return Response(status_code=200 if stored else 400)
@@ -202,18 +202,19 @@ def build(settings: Settings) -> Starlette:
             known = hmac.compare_digest(given.get("key", [""])[0].strip().encode(), server.key.encode())
             target = given.get("next", ["/"])[0]
         else:
-            known = server.use_ticket(request.query_params.get("ticket", ""))
+            known = await run_in_threadpool(server.use_ticket, request.query_params.get("ticket", ""))
             target = request.query_params.get("next", "/")
         target = target if target.startswith("/") and not target.startswith(("//", "/\\")) else "/"
         if not known:
             return HTMLResponse(server.pages.login(target, failed=True), 401)
         answer = RedirectResponse(quote(target, safe="/?&=%:"), 303)
-        answer.set_cookie(server.cookie, server.new_ticket("session", SESSION), max_age=SESSION, httponly=True,
-                          samesite="lax")
+        ticket = await run_in_threadpool(server.new_ticket, "session", SESSION)
+        answer.set_cookie(server.cookie, ticket, max_age=SESSION, httponly=True, samesite="lax")
         return answer
 
     async def link(request: Request) -> Response:
-        return JSONResponse({"url": f"{request.base_url}login?ticket={server.new_ticket('login', LINK)}"})
+        ticket = await run_in_threadpool(server.new_ticket, "login", LINK)
+        return JSONResponse({"url": f"{request.base_url}login?ticket={ticket}"})
 
     async def page(request: Request) -> Response:
         status, content = await run_in_threadpool(server.pages.answer, dict(request.path_params), request.url.path)

@@ -5,7 +5,9 @@ the client uploads) lists its files by MD5, and those are stored once however ma
 """
 
 import base64
+import hashlib
 import json
+import sqlite3
 
 from .files import Files, checked_name, hex_md5
 from .runs import Runs
@@ -30,14 +32,17 @@ class Artifacts:
         aliases = [a["alias"] for a in _listed(input.get("aliases")) if isinstance(a, dict) and a.get("alias")]
         tags = [t.get("tagName") or t.get("name") for t in _listed(input.get("tags")) if isinstance(t, dict)]
         run = self.runs.get(project["id"], input["runName"]) if input.get("runName") else None
-        with self.store.write():
-            collection = self._collection(project["id"], names[0], input.get("artifactTypeName") or "unspecified",
+        with self.store.write() as db:
+            collection = self._collection(project, names[0], input.get("artifactTypeName") or "unspecified",
                                           input.get("sequenceClientID"))
             same = self.store.one("SELECT * FROM artifact WHERE collection=? AND digest=? AND state='COMMITTED' "
-                                  "ORDER BY version DESC LIMIT 1", collection["id"], input.get("digest"))
+                                  "AND incremental=0 ORDER BY version DESC LIMIT 1", collection["id"],
+                                  input.get("digest"))
             if same:
                 self._alias(same, ["latest", *aliases])
                 key = same["id"]
+                if run:
+                    db.execute("INSERT OR IGNORE INTO logged VALUES(?,?)", (run["id"], key))
             else:
                 key = self.store.insert(
                     "artifact", collection=collection["id"], state="PENDING", digest=input.get("digest") or "",
@@ -54,16 +59,34 @@ class Artifacts:
                 last = self.store.value("SELECT MAX(version) FROM artifact WHERE collection=?", artifact["collection"])
                 self.store.update("artifact", artifact["id"], state="COMMITTED", updated=now(),
                                   version=0 if last is None else last + 1)
+                self._own_files(artifact)
                 self._alias(artifact, ["latest", *json.loads(artifact["aliases"])])
         return {"artifact": self.node(self._row(artifact["id"]))}
 
+    def _own_files(self, artifact) -> None:
+        """What the client leaves to the server: an incremental version lists what it adds to the latest one, and a
+        draft of an earlier version sends nothing for the files that both hold; they must outlive the earlier one."""
+        key, manifest = artifact["id"], self._uploaded(artifact)
+        contents = manifest.get("contents", {})
+        latest = artifact["incremental"] and manifest and self._member({"id": artifact["collection"]}, "latest")
+        if latest:
+            contents = manifest["contents"] = {**self._contents(latest), **contents}
+            self.files.write(f"manifest:{key}", "manifest.json", json.dumps(manifest).encode())
+            self.store.update("artifact", key, digest=_digest(contents))
+        own = {row["name"] for row in self.files.list(f"artifact:{key}")}
+        for name, entry in contents.items():
+            known = name not in own and not entry.get("ref") and self.files.by_md5(hex_md5(entry.get("digest")) or "")
+            if known:
+                self.files.record(f"artifact:{key}", name, known["blob"], known["size"], known["md5"])
+
     def create_manifest(self, input: dict, **_) -> dict:
         artifact = self._find(input["artifactID"])
-        return {"artifactManifest": self._manifest(artifact["id"], input.get("digest"))}
+        self.store.update("artifact", artifact["id"], incremental=input.get("type") == "INCREMENTAL")
+        return {"artifactManifest": self._manifest(artifact["id"])}
 
     def update_manifest(self, input: dict, **_) -> dict:
         key = base64.b64decode(input["artifactManifestID"]).decode().split(":")[1]
-        return {"artifactManifest": self._manifest(int(key), input.get("digest"))}
+        return {"artifactManifest": self._manifest(int(key))}
 
     def create_files(self, input: dict, **_) -> dict:
         edges = []
@@ -97,7 +120,7 @@ class Artifacts:
                 wanted = [a["alias"] for a in _listed(input["aliases"])]
                 db.execute("DELETE FROM alias WHERE artifact=?", (artifact["id"],))
                 self._alias(artifact, wanted)
-        self._tags(artifact, input.get("tagsToAdd"), input.get("tagsToDelete"))
+        self._tags("artifact", artifact, input.get("tagsToAdd"), input.get("tagsToDelete"))
         return {"artifact": self.node(self._row(artifact["id"]))}
 
     def add_aliases(self, input: dict, **_) -> dict:
@@ -122,14 +145,50 @@ class Artifacts:
     def remove(self, artifact) -> None:
         with self.store.write() as db:
             key = artifact["id"]
+            latest = db.execute("DELETE FROM alias WHERE artifact=? AND alias='latest'", (key,)).rowcount
             db.execute("DELETE FROM alias WHERE artifact=?", (key,))
             db.execute("DELETE FROM used WHERE artifact=?", (key,))
+            db.execute("DELETE FROM logged WHERE artifact=?", (key,))
             db.execute("UPDATE artifact SET state='DELETED' WHERE id=?", (key,))
             last = self.store.one("SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' "
                                   "ORDER BY version DESC LIMIT 1", artifact["collection"])
-            if last:
+            if last and latest:
                 self._alias(last, ["latest"])
         self.files.delete(self.files.list(f"artifact:{key}") + self.files.list(f"manifest:{key}"))
+
+    def update_collection(self, input: dict, **_) -> dict:
+        """updateArtifactSequence (name, description) and moveArtifactSequence (type): ArtifactCollection.save()."""
+        key = self._find_collection(input["artifactSequenceID"])["id"]
+        given = {"name": input.get("name"), "description": input.get("description"),
+                 "type": input.get("destinationArtifactTypeName")}
+        try:
+            self.store.update("collection", key, **{name: v for name, v in given.items() if v is not None})
+        except sqlite3.IntegrityError:
+            raise Refused(f"the project has an artifact {given['name']!r} already") from None
+        return {"artifactCollection": self.collection(self._find_collection(input["artifactSequenceID"]))}
+
+    def delete_collection(self, input: dict, **_) -> dict:
+        collection = self._find_collection(input["artifactSequenceID"])
+        for artifact in self.store.all("SELECT * FROM artifact WHERE collection=?", collection["id"]):
+            self.remove(artifact)
+        with self.store.write() as db:
+            db.execute("DELETE FROM artifact WHERE collection=?", (collection["id"],))
+            db.execute("DELETE FROM collection WHERE id=?", (collection["id"],))
+        return {"artifactCollection": {**self.collection(collection), "state": "DELETED"}}
+
+    def tag_collection(self, input: dict, **_) -> dict:
+        return {"tags": _tags(self._retagged(input, input.get("tags"), None))}
+
+    def untag_collection(self, input: dict, **_) -> dict:
+        return {"success": bool(self._retagged(input, None, input.get("tags")))}
+
+    def _retagged(self, input: dict, added, dropped):
+        project = self.runs.project(input["entityName"], input["projectName"])
+        collection = project and self._named(project, input["artifactCollectionName"])
+        if not collection:
+            raise Refused("artifact collection not found")
+        self._tags("collection", collection, added, dropped)
+        return self._named(project, input["artifactCollectionName"])
 
     # -- nodes ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +198,8 @@ class Artifacts:
         collection = self.store.one("SELECT * FROM collection WHERE id=?", artifact["collection"])
         sequence = self.collection(collection)
         manifest = self.files.get(f"manifest:{artifact['id']}", "manifest.json")
-        entries = parsed(self.files.read(manifest), {}).get("contents", {}) if manifest else {}
+        entries = self._contents(artifact)
+        manifest = manifest and self._file(manifest)
         run = artifact["run"] and self.store.one("SELECT * FROM run WHERE id=?", artifact["run"])
         return {
             "__typename": "Artifact", "id": _id("Artifact", artifact["id"]), "artifactSequence": sequence,
@@ -151,7 +211,7 @@ class Artifacts:
             "fileCount": len(entries), "createdAt": iso(artifact["created"]), "updatedAt": iso(artifact["updated"]),
             "aliases": lambda **_: [{**alias, "artifactCollection": sequence} for alias in self._aliases(artifact)],
             "currentManifest": manifest and {"__typename": "ArtifactManifest", "id": _id("Manifest", artifact["id"]),
-                                             "digest": artifact["digest"], "file": self._file(manifest)},
+                                             "digest": manifest["digest"], "file": manifest},
             "createdBy": lambda **_: self.nodes.run(run) if run else None,
             "usedBy": lambda **k: self.nodes.connection(self.store.all(
                 "SELECT run.* FROM run JOIN used ON used.run=run.id WHERE used.artifact=?", artifact["id"]),
@@ -200,7 +260,7 @@ class Artifacts:
             return self.nodes.connection(self._collections(project, kind), self.collection, **k)
 
         def one_collection(name=None, kind=None, **_):
-            found = self.store.one("SELECT * FROM collection WHERE project=? AND name=?", project["id"], name)
+            found = self._named(project, name)
             return self.collection(found) if found and kind in (None, found["type"]) else None
 
         def one_type(name=None, **_):
@@ -217,7 +277,7 @@ class Artifacts:
 
         def membership(name="", **_):
             collection, _, alias = name.partition(":")
-            found = self.store.one("SELECT * FROM collection WHERE project=? AND name=?", project["id"], collection)
+            found = self._named(project, collection)
             return self.membership(found and self._member(found, alias or "latest"))
 
         return {"artifactCollections": collections, "artifactCollection": one_collection, "artifactType": one_type,
@@ -227,8 +287,7 @@ class Artifacts:
     def of_run(self, run) -> dict:
         """The artifact fields of a run's node."""
         def outputs(**k):
-            rows = self.store.all("SELECT * FROM artifact WHERE run=? AND state='COMMITTED' ORDER BY id", run["id"])
-            return self.nodes.connection(rows, self.node, **k)
+            return self.nodes.connection(self.runs.artifacts(run), self.node, **k)
 
         def inputs(**k):
             rows = self.store.all("SELECT artifact.* FROM artifact JOIN used ON used.artifact=artifact.id "
@@ -241,11 +300,7 @@ class Artifacts:
         return self.node(self._find(id, missing_ok=True))
 
     def collection_by_id(self, id=None, **_) -> dict | None:
-        try:
-            key = int(base64.b64decode(id or "").split(b":")[1])
-        except (ValueError, IndexError):
-            return None
-        return self.collection(self.store.one("SELECT * FROM collection WHERE id=?", key))
+        return self.collection(self._find_collection(id, missing_ok=True))
 
     def client_id(self, clientID=None, **_) -> dict:
         row = self.store.one("SELECT id FROM artifact WHERE client_id=? ORDER BY id DESC LIMIT 1", clientID)
@@ -256,19 +311,28 @@ class Artifacts:
     def _row(self, key: int):
         return self.store.one("SELECT * FROM artifact WHERE id=?", key)
 
-    def _find(self, opaque: str | None, missing_ok: bool = False):
+    def _find(self, opaque: str | None, missing_ok: bool = False, table: str = "artifact"):
+        """The row of an opaque id that `_id()` made."""
         try:
-            row = self._row(int(base64.b64decode(opaque or "").split(b":")[1]))
+            key = int(base64.b64decode(opaque or "").split(b":")[1])
+            row = self.store.one(f"SELECT * FROM {table} WHERE id=?", key)
         except (ValueError, IndexError):
             row = None
         if row is None and not missing_ok:
-            raise Refused("artifact not found")
+            raise Refused(f"{table} not found")
         return row
 
-    def _collection(self, project: int, name: str, kind: str, client_id: str | None):
-        row = self.store.one("SELECT * FROM collection WHERE project=? AND name=?", project, name)
+    def _find_collection(self, opaque: str | None, missing_ok: bool = False):
+        return self._find(opaque, missing_ok, "collection")
+
+    def _named(self, project, name: str | None):
+        return self.store.one("SELECT * FROM collection WHERE project=? AND name=?", project["id"], name)
+
+    def _collection(self, project, name: str, kind: str, client_id: str | None):
+        row = self._named(project, name)
         if row is None:
-            self.store.insert("collection", project=project, name=name, type=kind, created=now(), client_id=client_id)
+            self.store.insert("collection", project=project["id"], name=name, type=kind, created=now(),
+                              client_id=client_id)
             return self._collection(project, name, kind, client_id)
         if row["type"] != kind:
             raise Refused(f"artifact {name!r} is of type {row['type']!r}, not {kind!r}")
@@ -309,29 +373,34 @@ class Artifacts:
         rows = self.store.all("SELECT * FROM alias WHERE artifact=? ORDER BY alias", artifact["id"])
         return [_alias_node(row) for row in rows]
 
-    def _tags(self, artifact, added, dropped) -> None:
-        names = json.loads(artifact["tags"]) + [tag["tagName"] for tag in _listed(added)]
+    def _tags(self, table: str, row, added, dropped) -> None:
+        names = json.loads(row["tags"]) + [tag["tagName"] for tag in _listed(added)]
         gone = {tag["tagName"] for tag in _listed(dropped)}
         kept = [name for name in dict.fromkeys(names) if name not in gone]
-        self.store.update("artifact", artifact["id"], tags=json.dumps(kept))
+        self.store.update(table, row["id"], tags=json.dumps(kept))
 
-    def _manifest(self, key: int, digest: str | None) -> dict:
-        if digest:
-            self.store.update("artifact", key, digest=digest)
+    def _manifest(self, key: int) -> dict:
         token = self.files.sign("upload", owner=f"manifest:{key}", name="manifest.json")
         return {"id": _id("Manifest", key), "file": {"id": _id("File", key), "uploadUrl": self.nodes.url(token),
                                                      "uploadHeaders": []}}
 
     def _files(self, artifact, names=None, **k) -> dict:
         """The files of a version, from its manifest; references to elsewhere are not files of ours."""
-        manifest = self.files.get(f"manifest:{artifact['id']}", "manifest.json")
-        contents = parsed(self.files.read(manifest), {}).get("contents", {}) if manifest else {}
         found = []
-        for name, entry in sorted(contents.items()):
+        for name, entry in sorted(self._contents(artifact).items()):
             row = None if entry.get("ref") else self.files.by_md5(hex_md5(entry.get("digest")) or "")
             if row and (not names or name in names):
                 found.append((name, row))
         return self.nodes.connection(found, lambda pair: self._file(pair[1], pair[0]), **k)
+
+    def _uploaded(self, artifact) -> dict:
+        """The manifest, {} before it is there."""
+        manifest = self.files.get(f"manifest:{artifact['id']}", "manifest.json")
+        return parsed(self.files.read(manifest), {}) if manifest else {}
+
+    def _contents(self, artifact) -> dict[str, dict]:
+        """The manifest's entries by name."""
+        return self._uploaded(artifact).get("contents", {})
 
     def _file(self, row, name: str | None = None) -> dict:
         return self.nodes.file(row, name)
@@ -339,6 +408,12 @@ class Artifacts:
 
 def _id(kind: str, key) -> str:
     return base64.b64encode(f"{kind}:{key}".encode()).decode()
+
+
+def _digest(contents: dict[str, dict]) -> str:
+    """A manifest's digest, by the client's definition (ArtifactManifestV1.digest)."""
+    lines = "".join(f"{name}:{entry['digest']}\n" for name, entry in sorted(contents.items()))
+    return hashlib.md5(f"wandb-artifact-manifest-v1\n{lines}".encode(), usedforsecurity=False).hexdigest()
 
 
 def _listed(value) -> list:

@@ -11,9 +11,12 @@ import hmac
 import json
 import mimetypes
 import os
+import re
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path, PurePosixPath
+
+from starlette.concurrency import run_in_threadpool
 
 from .store import Store, now
 from .walker import Refused
@@ -29,8 +32,10 @@ class Files:
     def __init__(self, store: Store, folder: Path, secret: bytes, limit: int):
         self.store, self.folder, self.secret, self.limit = store, Path(folder), secret, limit
         self.folder.mkdir(exist_ok=True)
-        for leftover in self.folder.glob("*.part"):  # of uploads that a kill cut off
-            leftover.unlink(missing_ok=True)
+        known = {row["blob"] for row in store.all("SELECT blob FROM file")}
+        for path in self.folder.iterdir():  # of uploads that a kill cut off, or of a change that was rolled back
+            if path.name not in known and re.fullmatch(r"[0-9a-f]{32}(\.part)?", path.name):
+                path.unlink(missing_ok=True)
 
     def sign(self, kind: str, **what) -> str:
         """`upload/<token>` or `download/<token>`: allows just this until it expires."""
@@ -66,16 +71,32 @@ class Files:
             os.replace(part, self.folder / blob)
         finally:
             part.unlink(missing_ok=True)
-        self.record(owner, name, blob, size, digest.hexdigest())
+        await run_in_threadpool(self._kept, owner, name, blob, size, digest.hexdigest())  # it may wait for the lock
         return True
+
+    def write(self, owner: str, name: str, content: bytes) -> None:
+        """`put` of bytes that the server made itself."""
+        blob = secrets.token_hex(16)
+        (self.folder / blob).write_bytes(content)
+        self._kept(owner, name, blob, len(content), hashlib.md5(content, usedforsecurity=False).hexdigest())
+
+    def _kept(self, owner: str, name: str, blob: str, size: int, md5: str) -> None:
+        """`record` of bytes that nobody else has: they go where it fails."""
+        try:
+            self.record(owner, name, blob, size, md5)
+        except BaseException:
+            self._drop(blob)
+            raise
 
     def record(self, owner: str, name: str, blob: str, size: int, md5: str) -> None:
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         with self.store.write() as db:
             old = self.get(owner, name)
-            db.execute("INSERT OR REPLACE INTO file(owner, name, blob, size, md5, mimetype, updated) "
-                       "VALUES(?,?,?,?,?,?,?)", (owner, name, blob, size, md5, kind, now()))
-        if old:
+            db.execute("INSERT INTO file(owner, name, blob, size, md5, mimetype, updated) VALUES(?,?,?,?,?,?,?) "
+                       "ON CONFLICT(owner, name) DO UPDATE SET blob=excluded.blob, size=excluded.size, "
+                       "md5=excluded.md5, mimetype=excluded.mimetype, updated=excluded.updated",
+                       (owner, name, blob, size, md5, kind, now()))
+        if old and not db.in_transaction:  # a larger change may yet be rolled back; then the next start drops them
             self._drop(old["blob"])
 
     def get(self, owner: str, name: str):

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from . import figures
-from .runs import log_line, spread
+from .runs import flat, log_line, spread
 from .scheduler import LIVE
 from .search import BadSweep, parse_sweep
 from .store import clean, iso
@@ -113,7 +113,7 @@ class Pages:
         for row in self.store.all("SELECT run.*, agent.host AS agent_host FROM run LEFT JOIN agent ON "
                                   "agent.id=run.agent WHERE run.sweep=? ORDER BY run.id", sweep["id"]):
             config = self.runs.config(row)
-            params = dict(_flat({name: config.get(name) for name in parameters}))
+            params = flat({name: config.get(name) for name in parameters})
             summary = {k: _inner(v) for k, v in self.runs.summary(row).items()}
             runs.append({"row": row, "name": row["name"], "state": row["state"], "params": params, "summary": summary,
                          "seconds": _seconds(row)})
@@ -139,7 +139,7 @@ class Pages:
         if run["sweep"]:
             trail.append(("sweep " + run["sweep"], f"{trail[0][1]}/sweeps/{run['sweep']}"))
         others = self.store.all("SELECT * FROM run WHERE point=? AND id<>? ORDER BY id", run["point"] or -1, run["id"])
-        return self._render("run.html", project=project, run=run, config=sorted(_flat(self.runs.config(run))),
+        return self._render("run.html", project=project, run=run, config=sorted(flat(self.runs.config(run)).items()),
                             others=others, **self._run_view(run), trail=[*trail, (run["display_name"] or run["name"],
                                                                                 None)])
 
@@ -167,9 +167,7 @@ class Pages:
         return {"summary": [(k, v) for k, v in summary if not k.startswith("_")], "log": log,
                 "hidden_lines": max(0, self.runs.count(run, "log") - LOG_LINES), "seconds": _seconds(run),
                 "files": self.server.files.list(f"run:{run['id']}"), "files_base": base,
-                "artifacts": self.store.all("SELECT collection.name, collection.type, artifact.version FROM artifact "
-                                            "JOIN collection ON collection.id=artifact.collection WHERE "
-                                            "artifact.run=? AND artifact.state='COMMITTED'", run["id"])}
+                "artifacts": self.runs.artifacts(run)}
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
@@ -212,15 +210,6 @@ class Pages:
 def _trail(project) -> list[tuple[str, str]]:
     return [(f"{project['entity']}/{project['name']}",
              f"/{quote(project['entity'], safe='')}/{quote(project['name'], safe='')}")]
-
-
-def _flat(values: dict, prefix: str = ""):
-    """(dotted name, value) of nested dicts."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _inner(value):

@@ -10,7 +10,7 @@ import re
 from . import store as s
 from .artifacts import Artifacts
 from .files import checked_name
-from .runs import log_line
+from .runs import dig, log_line
 from .scheduler import LIVE
 from .search import BadSweep, parse_sweep
 from .walker import Refused
@@ -48,7 +48,10 @@ class Nodes:
             "createArtifact": a.create, "commitArtifact": a.commit, "createArtifactManifest": a.create_manifest,
             "updateArtifactManifest": a.update_manifest, "createArtifactFiles": a.create_files, "useArtifact": a.use,
             "updateArtifact": a.update, "addAliases": a.add_aliases, "deleteAliases": a.delete_aliases,
-            "deleteArtifact": a.delete,
+            "deleteArtifact": a.delete, "updateArtifactSequence": a.update_collection,
+            "moveArtifactSequence": a.update_collection, "deleteArtifactSequence": a.delete_collection,
+            "createArtifactCollectionTagAssignments": a.tag_collection,
+            "deleteArtifactCollectionTagAssignments": a.untag_collection,
         }  # fmt: skip
         return {"query": query, "mutation": mutation}
 
@@ -141,11 +144,12 @@ class Nodes:
         project = self.store.one("SELECT * FROM project WHERE id=?", run["project"])
 
         def tail(stream):
-            return lambda **_: json.dumps([s.clean_text(t) for t in runs.texts(run, stream)[-1:]])
+            return lambda **_: json.dumps([s.clean_text(text) for text in runs.tail(run, stream)])
 
         def system(**_):
-            rows = runs.rows(run, "events")
-            return json.dumps(s.clean({k: v for k, v in rows[-1].items() if k.startswith("system.")} if rows else {}))
+            row = s.parsed("".join(runs.tail(run, "events")))
+            row = row if isinstance(row, dict) else {}
+            return json.dumps(s.clean({k: v for k, v in row.items() if k.startswith("system.")}))
 
         def own_config(keys=None, **_):  # a resume takes a run without it for one that never began
             entry = s.parsed(run["config"], {}).get("_wandb")
@@ -237,8 +241,8 @@ class Nodes:
         def best(**_):
             if not (search and search.metric):
                 return None
-            found = [r.get(search.metric) for r in (self.runs.summary(row) for row in self.store.all(
-                "SELECT * FROM run WHERE sweep=? AND state='finished'", sweep["id"]))]
+            found = [dig(self.runs.summary(row), search.metric) for row in self.store.all(
+                "SELECT * FROM run WHERE sweep=? AND state='finished'", sweep["id"])]
             numbers = [v for v in found if isinstance(v, int | float) and v == v]
             pick = max if search.goal == "maximize" else min
             return s.clean(float(pick(numbers))) if numbers else None
@@ -310,7 +314,8 @@ class Nodes:
                 self.artifacts.remove(artifact)
         with self.store.write() as db:
             self.scheduler.forget(run)
-            for sql in ("DELETE FROM line WHERE run=?", "DELETE FROM used WHERE run=?", "DELETE FROM run WHERE id=?",
+            for sql in ("DELETE FROM line WHERE run=?", "DELETE FROM used WHERE run=?",
+                        "DELETE FROM logged WHERE run=?", "DELETE FROM run WHERE id=?",
                         "UPDATE artifact SET run=NULL WHERE run=?"):
                 db.execute(sql, (run["id"],))
         self.files.delete(self.files.list(f"run:{run['id']}"))

@@ -14,8 +14,10 @@ _NOUNS = "aurora brook cedar cloud dune ember fern field harbor lake maple meado
 
 
 class Runs:
-    def __init__(self, store: Store):
-        self.store = store
+    def __init__(self, store: Store, user: str = "local"):
+        """user: whose runs these are."""
+        self.store, self.user = store, user
+        self._metrics: dict[int, dict[str, tuple[int, list]]] = {}  # run: name: (last line read, values)
 
     def project(self, entity: str, name: str, create: bool = False):
         """The row of a project, None where there is none (and `create` is false)."""
@@ -85,11 +87,26 @@ class Runs:
             elif name in STREAMS:
                 stream = STREAMS[name]
                 for i, text in enumerate(content):
+                    step, text = offset + i, str(text)
                     row = parsed(text, {}) if stream == "history" else {}
-                    step = row.get("_step", offset + i) if isinstance(row, dict) else offset + i
-                    lines.append((run["id"], stream, offset + i, step, str(text)))
+                    if isinstance(row, dict):
+                        step = row.get("_step", step)
+                        text = json.dumps(flat(row)) if any(isinstance(v, dict) for v in row.values()) else text
+                    lines.append((run["id"], stream, offset + i, step, text))
         with self.store.write() as db:
+            for first in [line for line in lines if line[1] == "history"][:1]:
+                self._rewind(run, *first[2:4])
             db.executemany("INSERT OR REPLACE INTO line(run, stream, idx, step, text) VALUES(?,?,?,?,?)", lines)
+
+    def _rewind(self, run, idx: int, step: int) -> None:
+        """The next history line is `idx` with this step. One that is not above the last step is of a run that began
+        anew under the same id (a resumed one goes on above it): what it had said from there on no longer holds."""
+        if self.store.value("SELECT step>=? FROM line WHERE run=? AND stream='history' AND idx<? ORDER BY idx DESC "
+                            "LIMIT 1", step, run["id"], idx):
+            with self.store.write() as db:
+                db.execute("DELETE FROM line WHERE run=? AND stream='history' AND idx<? AND step>=?",
+                           (run["id"], idx, step))
+            self._metrics.pop(run["id"], None)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -102,13 +119,32 @@ class Runs:
         return parsed(run["summary"], {})
 
     def count(self, run, stream: str) -> int:
-        return self.store.value("SELECT COUNT(*) FROM line WHERE run=? AND stream=?", run["id"], stream)
+        """How many lines there ever were: a client that goes on with a run numbers its next one so."""
+        return self.store.value("SELECT COALESCE(MAX(idx)+1, 0) FROM line WHERE run=? AND stream=?", run["id"], stream)
 
     def texts(self, run, stream: str, low: int | None = None, high: int | None = None) -> list[str]:
         """The stored lines in order, those with low <= step < high where asked."""
         sql = "SELECT text FROM line WHERE run=? AND stream=? AND step>=? AND step<? ORDER BY idx"
         values = (-(2**62) if low is None else low, 2**62 if high is None else high)
         return [row["text"] for row in self.store.all(sql, run["id"], stream, *values)]
+
+    def tail(self, run, stream: str) -> list[str]:
+        """The last line, [] where there is none."""
+        return [row["text"] for row in self.store.all("SELECT text FROM line WHERE run=? AND stream=? "
+                                                      "ORDER BY idx DESC LIMIT 1", run["id"], stream)]
+
+    def metric(self, run, name: str) -> list:
+        """The values that a run logged of one metric, in order. Each line is parsed once: a sweep's search asks for
+        all of its runs again and again, under the one lock."""
+        known = self._metrics.setdefault(run["id"], {})
+        last, values = known.get(name, (-1, []))
+        for line in self.store.all("SELECT idx, text FROM line WHERE run=? AND stream='history' AND idx>? ORDER BY idx",
+                                   run["id"], last):
+            last, row = line["idx"], parsed(line["text"])
+            if isinstance(row, dict) and name in row:
+                values.append(row[name])
+        known[name] = last, values
+        return values
 
     def rows(self, run, stream: str, low: int | None = None, high: int | None = None) -> list[dict]:
         return [row for row in (parsed(text) for text in self.texts(run, stream, low, high)) if isinstance(row, dict)]
@@ -127,6 +163,12 @@ class Runs:
         rows = self.rows(run, "history", spec.get("minStep"), None if high is None else int(high) + 1)
         rows = [{key: row[key] for key in keys} if keys else row for row in rows if all(key in row for key in keys)]
         return clean(spread(rows, samples))
+
+    def artifacts(self, run) -> list:
+        """The versions that a run logged, with the name and type of their collections."""
+        return self.store.all("SELECT a.*, collection.name, collection.type FROM artifact a JOIN collection ON "
+                              "collection.id=a.collection WHERE a.state='COMMITTED' AND (a.run=? OR a.id IN (SELECT "
+                              "artifact FROM logged WHERE run=?)) ORDER BY a.id", run["id"], run["id"])
 
     def history_keys(self, run) -> dict:
         kinds: dict[str, dict[str, int]] = {}
@@ -181,9 +223,22 @@ class _View:
             return dig(values, rest.removesuffix(".value")) if value is None and rest.endswith(".value") else value
         if root == "tags":
             return json.loads(self.row["tags"])
+        if root in ("username", "user"):
+            return self.runs.user
+        if root == "entity":
+            return self.runs.store.value("SELECT entity FROM project WHERE id=?", self.row["project"])
         if root == "duration":
             return (self.row["ended"] or self.row["heartbeat"]) - self.row["created"]
         return self.row[self.COLUMNS[root]] if root in self.COLUMNS else None
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested values under dotted names, as W&B keeps metrics; what has a `_type` (a picture, a Table) stays whole."""
+    found = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and value and "_type" not in value
+        found.update(flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value})
+    return found
 
 
 def dig(values, path: str):

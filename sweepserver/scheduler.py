@@ -8,16 +8,18 @@ server goes on where the last one was.
 
 import contextlib
 import json
+import logging
 import random
 import secrets
 import string
 from dataclasses import dataclass
 
-from .runs import Runs, display_name
+from .runs import Runs, dig, display_name
 from .search import BadSweep, Search, bayes_point, parse_sweep, random_point, runs_to_stop
 from .store import Store, now, parsed
 from .walker import Refused
 
+log = logging.getLogger("sweepserver")
 LIVE = ("pending", "running")
 INTERRUPTED = {130, 137, 143, 255}  # Ctrl-C (the client says 255), SIGKILL, SIGTERM
 
@@ -173,10 +175,7 @@ class Scheduler:
     def _hand_out(self, sweep, agent_id: str) -> list[dict]:
         """One point for one agent, [] where there is none now (a point that is out may still come back)."""
         search = parse_sweep(sweep["config"])
-        try:
-            point = self._next_point(sweep, search)
-        except BadSweep as error:
-            raise Refused(str(error)) from None
+        point = self._next_point(sweep, search)
         if point is None:
             return []
         params = json.loads(point["params"])
@@ -204,10 +203,13 @@ class Scheduler:
             index += 1
         if search.method == "grid":
             params = search.grid_point(index)
-        elif search.method == "random":
-            params = random_point(search.parameters, random.Random(f"{sweep['id']}:{index}"))
         else:
-            params = bayes_point(search, self._for_library(sweep, search))
+            params = random_point(search.parameters, random.Random(f"{sweep['id']}:{index}"))
+        if search.method == "bayes":
+            try:
+                params = bayes_point(search, self._for_library(sweep, search))
+            except BadSweep as error:  # the sweep was fine when it began: it goes on, with a random point
+                log.warning("sweep %s gets a random point: %s", sweep["id"], error)
         self.store.update("sweep", sweep["id"], cursor=index + 1)
         key = self.store.insert("point", sweep=sweep["id"], idx=index, params=json.dumps(params), status="again")
         return self.store.one("SELECT * FROM point WHERE id=?", key)
@@ -236,8 +238,7 @@ class Scheduler:
             self.store.update("run", run["id"], state=state, exit_code=exit_code, ended=now(), heartbeat=now())
             if not point:
                 return
-            others = [r for r in self.store.all("SELECT * FROM run WHERE point=? AND id<>? AND state IN "
-                                                "('pending','running')", point["id"], run["id"])]
+            others = self._others(run)
             if status == "done":
                 for other in others:
                     self.stop(other, "superseded")
@@ -258,8 +259,7 @@ class Scheduler:
             point = run["point"] and self.store.one("SELECT * FROM point WHERE id=?", run["point"])
             if not point or point["status"] != "out":
                 return
-            if self.store.one("SELECT 1 FROM run WHERE point=? AND id<>? AND state IN ('pending','running')",
-                              point["id"], run["id"]):
+            if self._others(run):
                 return
             why = {"cancel": "again", "early": "done", "stop": "failed"}.get(run["stop_why"])
             self._settle(point, why or ("again" if run["preempting"] else "lose"))
@@ -301,10 +301,11 @@ class Scheduler:
             db.execute("UPDATE agent SET state='CRASHED' WHERE state='RUNNING' AND heartbeat<?", (limit,))
 
     def forget(self, run) -> None:
-        """The run is deleted: a point that only it had computed is to be run again."""
+        """The run is deleted: a point that only it had computed is to be run again, unless another run is at it."""
         with self.store.write() as db:
             if run["point"] and not self._settled_by_other(run):
-                db.execute("UPDATE point SET status='again', losses=0 WHERE id=?", (run["point"],))
+                status = "out" if self._others(run) else "again"
+                db.execute("UPDATE point SET status=?, losses=0 WHERE id=?", (status, run["point"]))
 
     def _settle(self, point, status: str) -> None:
         if status == "lose":
@@ -317,13 +318,25 @@ class Scheduler:
         return self.store.one("SELECT 1 FROM run WHERE point=? AND id<>? AND state='finished'",
                               run["point"], run["id"]) is not None
 
+    def _others(self, run) -> list:
+        """The other runs of the run's point that still go on."""
+        return self.store.all("SELECT * FROM run WHERE point=? AND id<>? AND state IN ('pending','running')",
+                              run["point"], run["id"])
+
     def _finish_if_done(self, sweep_id: str) -> None:
         sweep = self.sweep(sweep_id)
         if sweep is None or sweep["state"] not in ("PENDING", "RUNNING"):
             return
         counts = self.counts(sweep)
-        if counts["waiting"] == 0 and counts["running"] == 0:
+        if counts["waiting"] == 0 and counts["running"] == 0 or self._reached(sweep):
             self.store.update("sweep", sweep_id, state="FINISHED", updated=now())
+
+    def _reached(self, sweep) -> bool:
+        """Whether one of the sweep's runs has come to `metric.target`; those that go on may end, none begins."""
+        search = parse_sweep(sweep["config"])
+        return search.target is not None and any(
+            search.reached(dig(self.runs.summary(run), search.metric))
+            for run in self.store.all("SELECT summary FROM run WHERE sweep=?", sweep["id"]))
 
     def _live(self, sweep_id: str):
         return self.store.all("SELECT * FROM run WHERE sweep=? AND state IN ('pending','running')", sweep_id)
@@ -334,7 +347,11 @@ class Scheduler:
         if not search.early or now() - self._checked.get(sweep["id"], 0) < 5:
             return
         self._checked[sweep["id"]] = now()
-        names = runs_to_stop(search, self._for_library(sweep, search))
+        try:
+            names = runs_to_stop(search, self._for_library(sweep, search))
+        except BadSweep as error:
+            log.warning("sweep %s stops no run early: %s", sweep["id"], error)
+            return
         for run in self._live(sweep["id"]):
             if run["name"] in names:
                 self.stop(run, "early")
@@ -344,8 +361,7 @@ class Scheduler:
         answer = []
         for run in self.store.all("SELECT * FROM run WHERE sweep=? ORDER BY id", sweep["id"]):
             state = "finished" if run["stop_why"] == "early" and run["state"] == "killed" else run["state"]
-            rows = self.runs.rows(run, "history") if search.early or search.method == "bayes" else []
-            history = [{search.metric: row[search.metric]} for row in rows if search.metric in row]
+            history = [{search.metric: value} for value in self.runs.metric(run, search.metric)]
             answer.append({"name": run["name"], "state": known.get(state, state), "config": parsed(run["config"], {}),
                            "summary": parsed(run["summary"], {}), "history": history})
         return answer

@@ -30,6 +30,7 @@ class Search:
     parameters: dict
     metric: str | None = None
     goal: str = "minimize"
+    target: float | None = None
     run_cap: int | None = None
     early: bool = False
     axes: tuple = field(default=())
@@ -39,6 +40,12 @@ class Search:
         """How many points there are to run; None without an end."""
         grid = math.prod(len(values) for _, values in self.axes) if self.method == "grid" else None
         return min((n for n in (grid, self.run_cap) if n is not None), default=None)
+
+    def reached(self, value) -> bool:
+        """Whether a run with this value of the metric ends the sweep (`metric.target`)."""
+        if self.target is None or not _number(value):
+            return False
+        return value >= self.target if self.goal == "maximize" else value <= self.target
 
     def grid_point(self, index: int) -> dict:
         """The parameters of grid point `index`."""
@@ -76,9 +83,6 @@ def parse_sweep(text: str) -> Search:
         raise BadSweep("parameters: expected at least one parameter")
     _check_metric(config)
     metric, early = config.get("metric") or {}, config.get("early_terminate")
-    if (method == "bayes" or early) and not library():
-        wanted = "method bayes" if method == "bayes" else "early_terminate hyperband"
-        raise BadSweep(f"{wanted} needs the `sweeps` package beside the server: {INSTALL}")
     cap = config.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or cap < 1):
         raise BadSweep(f"run_cap: expected a whole number above 0, got {cap!r}")
@@ -86,7 +90,12 @@ def parse_sweep(text: str) -> Search:
     _check_draw(parameters)
     axes = tuple(_axes(parameters, ())) if method == "grid" else ()
     goal = metric.get("goal", "minimize")
-    return Search(config, method, parameters, metric.get("name"), goal, cap, bool(early), axes)
+    search = Search(config, method, parameters, metric.get("name"), goal, metric.get("target"), cap, bool(early), axes)
+    if method == "bayes":  # with no runs yet, so that what the package cannot use is refused now
+        bayes_point(search, [])
+    if early:
+        runs_to_stop(search, [])
+    return search
 
 
 def library():
@@ -169,26 +178,46 @@ def distribution(spec: dict) -> str:
 
 
 def bayes_point(search: Search, runs: list[dict]) -> dict:
-    """The `sweeps` package's suggestion. `runs`: dicts with name, state, config, summary, history."""
-    package = library()
-    if package is None:
-        raise BadSweep(f"method bayes needs the `sweeps` package beside the server: {INSTALL}")
-    suggestion = package.next_run(search.config, _library_runs(package, runs))
+    """The `sweeps` package's suggestion. `runs`: dicts with name, state, config, summary, history.
+
+    Raises `BadSweep` where the package raises anything.
+    """
+    def point(run):
+        return {name: entry.get("value") for name, entry in run["config"].items() if isinstance(entry, dict)}
+
+    runs = [run for run in runs if _among(search.parameters, point(run))]
+    suggestion = _library("next_run", "method bayes", search, runs)
     return {name: _plain(entry["value"]) for name, entry in suggestion.config.items()}
 
 
 def runs_to_stop(search: Search, runs: list[dict]) -> list[str]:
-    """The names of the runs that hyperband would stop now."""
+    """The names of the runs that hyperband would stop now; raises as `bayes_point` does."""
+    return [run.name for run in _library("stop_runs", "early_terminate hyperband", search, runs)]
+
+
+def _library(function: str, wanted: str, search: Search, runs: list[dict]):
+    """What the `sweeps` package answers. It raises whatever its inner steps meet."""
     package = library()
     if package is None:
-        return []
-    stopped = package.stop_runs(search.config, _library_runs(package, runs))
-    return [run.name for run in stopped]
+        raise BadSweep(f"{wanted} needs the `sweeps` package beside the server: {INSTALL}")
+    try:
+        return getattr(package, function)(search.config, [
+            package.SweepRun(name=run["name"], state=run["state"], config=run["config"], summaryMetrics=run["summary"],
+                             sampledHistory=run["history"]) for run in runs])
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadSweep(f"{wanted}: the `sweeps` package cannot use this configuration ({reason})") from error
 
 
-def _library_runs(package, runs: list[dict]) -> list:
-    return [package.SweepRun(name=run["name"], state=run["state"], config=run["config"],
-                             summaryMetrics=run["summary"], sampledHistory=run["history"]) for run in runs]
+def _among(parameters: dict, point) -> bool:
+    """Whether the categorical values of a point are the sweep's: one that was updated may have lost some."""
+    for name, spec in parameters.items():
+        value = point.get(name) if isinstance(point, dict) else None
+        if "parameters" in spec and not _among(spec["parameters"], value):
+            return False
+        if "values" in spec and value is not None and value not in spec["values"]:
+            return False
+    return True
 
 
 def _plain(value):
@@ -206,6 +235,8 @@ def _check_metric(config: dict) -> None:
         raise BadSweep(f"metric.goal: expected minimize or maximize, got {metric['goal']!r}")
     if metric.get("name") is not None and not isinstance(metric["name"], str):
         raise BadSweep(f"metric.name: expected a text, got {metric['name']!r}")
+    if metric.get("target") is not None and not (_number(metric["target"]) and metric.get("name")):
+        raise BadSweep(f"metric.target: expected a number, and metric.name, got {metric['target']!r}")
     if (config.get("method") == "bayes" or early) and not metric.get("name"):
         raise BadSweep(f"metric.name: {'early_terminate' if early else 'method bayes'} needs it")
     if early and (not isinstance(early, dict) or early.get("type") != "hyperband"):

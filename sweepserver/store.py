@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS agent(id TEXT PRIMARY KEY, sweep TEXT NOT NULL, host 
 -- One configuration that was handed out. status: out (a run has it), again (to hand out anew), done, failed, lost.
 CREATE TABLE IF NOT EXISTS point(id INTEGER PRIMARY KEY, sweep TEXT NOT NULL, idx INTEGER, params TEXT NOT NULL,
     status TEXT NOT NULL, losses INTEGER NOT NULL DEFAULT 0, UNIQUE(sweep, idx));
--- AUTOINCREMENT: files and signed addresses of a deleted run must not become those of the next one.
+-- AUTOINCREMENT: ids and signed addresses of what was deleted must not become those of the next one.
 CREATE TABLE IF NOT EXISTS run(id INTEGER PRIMARY KEY AUTOINCREMENT, project INTEGER NOT NULL, name TEXT NOT NULL,
     display_name TEXT, state TEXT NOT NULL, config TEXT NOT NULL DEFAULT '{}', summary TEXT NOT NULL DEFAULT '{}',
     sweep TEXT, agent TEXT, point INTEGER, "group" TEXT, job_type TEXT, tags TEXT NOT NULL DEFAULT '[]', notes TEXT,
@@ -36,16 +36,19 @@ CREATE INDEX IF NOT EXISTS run_sweep ON run(sweep);
 CREATE INDEX IF NOT EXISTS run_agent ON run(agent, state);
 CREATE TABLE IF NOT EXISTS line(run INTEGER, stream TEXT, idx INTEGER, step INTEGER, text TEXT,
     PRIMARY KEY(run, stream, idx)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS file(id INTEGER PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, blob TEXT,
-    size INTEGER, md5 TEXT, mimetype TEXT, updated REAL, UNIQUE(owner, name));
+CREATE TABLE IF NOT EXISTS file(id INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, name TEXT NOT NULL,
+    blob TEXT, size INTEGER, md5 TEXT, mimetype TEXT, updated REAL, UNIQUE(owner, name));
 CREATE INDEX IF NOT EXISTS file_md5 ON file(md5);
-CREATE TABLE IF NOT EXISTS collection(id INTEGER PRIMARY KEY, project INTEGER, name TEXT, type TEXT, created REAL,
-    description TEXT, tags TEXT NOT NULL DEFAULT '[]', client_id TEXT, UNIQUE(project, name));
-CREATE TABLE IF NOT EXISTS artifact(id INTEGER PRIMARY KEY, collection INTEGER, version INTEGER, state TEXT,
-    digest TEXT, algorithm TEXT, description TEXT, metadata TEXT, run INTEGER, client_id TEXT,
-    aliases TEXT NOT NULL DEFAULT '[]', tags TEXT NOT NULL DEFAULT '[]', created REAL, updated REAL);
+CREATE TABLE IF NOT EXISTS collection(id INTEGER PRIMARY KEY AUTOINCREMENT, project INTEGER, name TEXT, type TEXT,
+    created REAL, description TEXT, tags TEXT NOT NULL DEFAULT '[]', client_id TEXT, UNIQUE(project, name));
+CREATE TABLE IF NOT EXISTS artifact(id INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER, version INTEGER,
+    state TEXT, digest TEXT, algorithm TEXT, description TEXT, metadata TEXT, run INTEGER, client_id TEXT,
+    aliases TEXT NOT NULL DEFAULT '[]', tags TEXT NOT NULL DEFAULT '[]', created REAL, updated REAL,
+    incremental INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS alias(collection INTEGER, alias TEXT, artifact INTEGER, PRIMARY KEY(collection, alias));
 CREATE TABLE IF NOT EXISTS used(run INTEGER, artifact INTEGER, PRIMARY KEY(run, artifact));
+-- A run that logged what was there already, beside the one (artifact.run) that brought it.
+CREATE TABLE IF NOT EXISTS logged(run INTEGER, artifact INTEGER, PRIMARY KEY(run, artifact));
 CREATE TABLE IF NOT EXISTS ticket(hash TEXT PRIMARY KEY, kind TEXT, expires REAL);
 """
 
@@ -57,7 +60,23 @@ class Store:
         self.path = Path(folder) / "sweepserver.sqlite"
         self._local = threading.local()
         self._lock = threading.RLock()
+        self._renew()
         self.read().executescript(SCHEMA)
+
+    def _renew(self) -> None:
+        """Gives the tables of an older server's folder their present form, with the rows that they hold."""
+        with contextlib.closing(sqlite3.connect(":memory:")) as fresh, self.write() as db:
+            fresh.executescript(SCHEMA)
+            for name, sql in fresh.execute("SELECT name, sql FROM sqlite_master WHERE type='table'").fetchall():
+                if self.value("SELECT sql FROM sqlite_master WHERE name=?", name) in (None, sql):
+                    continue
+                here, there = ([column[1] for column in known.execute(f'PRAGMA table_info("{name}")')]
+                               for known in (db, fresh))
+                shared = ", ".join(f'"{column}"' for column in here if column in there)
+                db.execute(f'ALTER TABLE "{name}" RENAME TO older')
+                db.execute(sql)
+                db.execute(f'INSERT INTO "{name}"({shared}) SELECT {shared} FROM older')
+                db.execute("DROP TABLE older")
 
     def read(self) -> sqlite3.Connection:
         connection = getattr(self._local, "connection", None)
@@ -80,10 +99,11 @@ class Store:
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
+                db.execute("COMMIT")
             except BaseException:
-                db.execute("ROLLBACK")
+                if db.in_transaction:  # SQLite may have rolled back by itself: a full disk
+                    db.execute("ROLLBACK")
                 raise
-            db.execute("COMMIT")
 
     def one(self, sql: str, *values) -> sqlite3.Row | None:
         return self.read().execute(sql, values).fetchone()

@@ -287,6 +287,78 @@ print(json.dumps({"files": sorted(f.name.split("_")[0] for f in run.files()),
 """
 
 
+VERSIONS = """
+import json, wandb
+run, api = wandb.init(project="versions"), wandb.Api()
+def log(artifact, **files):
+    for name, text in files.items():
+        with artifact.new_file(name) as file:
+            file.write(text)
+    return run.log_artifact(artifact).wait()
+def new(name, **more):
+    return wandb.Artifact(name, type="data", **more)
+def named(name):
+    return api.artifact(f"local/versions/{name}")
+log(log(new("kept"), one="1").new_draft(), two="2")
+for text in "0120":
+    log(new("moved"), x=text)
+for name in "abc":
+    log(new("grown", incremental=True), **{name: name})
+table = wandb.Table(columns=["x"], log_mode="INCREMENTAL")
+for x in range(3):
+    table.add_data(x)
+    run.log({"rows": table})
+run.finish()
+named("kept:v0").delete(delete_aliases=True)
+named("moved:v1").delete()
+kept, grown = named("kept:v1"), named("grown:latest")
+other = wandb.init(project="versions")
+again = other.log_artifact(kept.new_draft()).wait().version
+other.finish()
+folder = kept.download(root="kept")
+kept.verify(folder)  # the digest is the client's own
+grown.verify(grown.download(root="grown"))
+rows = named(f"run-{run.id}-incr-rows:latest")
+changed = api.artifact_collection("data", "local/versions/moved")
+changed.name, changed.description, changed.type, changed.tags = "renamed", "text", "other", ["a", "b"]
+changed.save()
+changed.tags = ["b"]
+changed.save()
+changed = wandb.Api().artifact_collection("other", "local/versions/renamed")
+api.artifact_collection("data", "local/versions/grown").delete()
+print(json.dumps({
+    "kept": [open(f"{folder}/{name}").read() for name in ("one", "two")], "files": sorted(f.name for f in kept.files()),
+    "again": [again, [a.name for a in api.run(f"local/versions/{other.id}").logged_artifacts()]],
+    "latest": named("renamed:latest").version, "grown": [sorted(grown.manifest.entries), grown.version],
+    "rows": rows.get(sorted(rows.manifest.entries)[-1]).data,
+    "changed": [changed.name, changed.description, changed.type, changed.tags],
+    "left": sorted(c.name for c in wandb.Api().artifact_type("data", "local/versions").collections())}))
+"""
+
+TWICE = """
+import json, wandb
+for count, more in ((5, {}), (2, {}), (1, {"resume": "must"})):
+    run = wandb.init(project="twice", id="same", **more)
+    for i in range(count):
+        run.log({"a": {"b": count + i / 10, "c": {"d": i}}})
+    run.finish()
+run = wandb.Api().run("local/twice/same")
+whole = [[row["_step"], row["a.b"], row["a.c.d"]] for row in run.scan_history()]
+print(json.dumps({"whole": whole, "frame": len(run.history()), "last": run.lastHistoryStep,
+    "sampled": [row["a.b"] for row in run.history(keys=["a.b"], pandas=False)],
+    "scan": [row["a.c.d"] for row in run.scan_history(keys=["a.c.d"])],
+    "mine": [len(wandb.Api().runs("local/twice", {"username": name})) for name in (run.user.username, "other")]}))
+"""
+
+
+def versions(server, folder):
+    return python(server, folder, VERSIONS)
+
+
+def twice(server, folder):
+    return python(server, folder, TWICE)
+
+
 def in_process(server, folder):
     return python(server, folder, IN_PROCESS)
 
@@ -306,7 +378,8 @@ def refused(server, folder):
 
 
 SCENARIOS = {scenario.__name__: scenario for scenario in (
-    killed_server, killed_agent, controlled, read_back, killed_run, in_process, media, wrong_key, refused)}
+    killed_server, killed_agent, controlled, read_back, killed_run, in_process, media, versions, twice,
+    wrong_key, refused)}
 
 # -- what they must have found ----------------------------------------------------------------------------------------
 
@@ -332,6 +405,22 @@ def test_media_code_files_and_artifact_versions(found):
     assert seen["versions"] == ["v0", "v1"] and (seen["a"], seen["b"], seen["extra"]) == ("same", "version 0", "kept")
     assert set(seen["aliases"][0]) == {"number-0", "kept"} and set(seen["aliases"][1]) == {"number-1", "latest"}
     assert seen["again"] == ["v0", "old", {"k": 1}] and seen["left"] == ["v0"]
+
+
+def test_a_version_outlives_the_others_and_holds_what_it_adds_to(found):
+    seen = found("versions")
+    assert seen["kept"] == ["1", "2"] and seen["files"] == ["one", "two"]  # the draft's base is deleted
+    assert seen["again"] == ["v1", ["kept:v1"]]  # the same content by another run: no new version
+    assert seen["latest"] == "v0"  # the last one logged has its content, and v1 is deleted
+    assert seen["grown"] == [["a", "b", "c"], "v2"] and seen["rows"] == [[0], [1], [2]]
+    assert seen["changed"] == ["renamed", "text", "other", ["b"]] and seen["left"] == ["kept"]
+
+
+def test_a_run_begun_anew_under_its_id_has_one_history_and_nested_metrics_have_dotted_names(found):
+    seen = found("twice")
+    assert [row[1:] for row in seen["whole"]] == [[2.0, 0], [2.1, 1], [1.0, 0]] and seen["frame"] == 3
+    assert [row[0] for row in seen["whole"]] == [0, 1, seen["last"]] and seen["last"] > 1
+    assert seen["sampled"] == [2.0, 2.1, 1.0] and seen["scan"] == [0, 1, 0] and seen["mine"] == [1, 0]
 
 
 def test_a_sweep_of_two_agents_is_read_back_through_the_api(found):

@@ -1,10 +1,13 @@
 """sweepserver's parts without a network: search, points, GraphQL walk, filters, permissions, figures."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import math
 import random
+import sqlite3
+import threading
 
 import pytest
 
@@ -12,7 +15,7 @@ from sweepserver import app, figures, pages, walker
 from sweepserver.files import Files, checked_name
 from sweepserver.runs import Runs, matches, spread
 from sweepserver.scheduler import Rules, Scheduler
-from sweepserver.search import BadSweep, draw, library, parse_sweep, random_point
+from sweepserver.search import BadSweep, bayes_point, draw, library, parse_sweep, random_point
 from sweepserver.store import Store, clean, clean_text
 
 # -- search -----------------------------------------------------------------------------------------------------------
@@ -80,6 +83,8 @@ def test_draws_have_the_range_and_mean_of_their_distribution(spec, low, high, me
     ("method: random\nparameters: {lr: {min: 1e-4, max: 0.1}}", "1.0e-4"),
     ("method: random\nparameters: {a: {min: 0, max: 1, distribution: log_uniform_values}}", "above 0"),
     ("method: bayes\nparameters: {a: {values: [1, 2]}}", "metric.name"),
+    ("method: grid\nmetric: {name: x, target: high}\nparameters: {a: {value: 1}}", "metric.target"),
+    ("method: grid\nmetric: {target: 1}\nparameters: {a: {value: 1}}", "metric.target"),
     ("method: grid\nrun_cap: -1\nparameters: {a: {value: 1}}", "run_cap"),
     ("[1, 2", "YAML"),
     ("method: grid\nmetric: acc\nparameters: {a: {value: 1}}", "metric: expected a mapping"),
@@ -123,6 +128,29 @@ def test_bayes_without_the_package_says_what_to_install(monkeypatch):
     for extra in ("method: bayes", "method: random\nearly_terminate: {type: hyperband, min_iter: 2}"):
         with pytest.raises(BadSweep, match="pip install --no-deps sweeps"):
             parse_sweep(f"# {random.random()}\n{extra}\nmetric: {{name: x}}\nparameters: {{a: {{min: 0.0, max: 1.0}}}}")
+
+
+with_sweeps = pytest.mark.skipif(not library(), reason="the sweeps package is not installed")
+
+
+@with_sweeps
+@pytest.mark.parametrize("text", [
+    "method: random\nearly_terminate: {type: hyperband, max_iter: 2, s: 1, eta: 3}\nparameters: {a: {values: [1, 2]}}",
+    "method: random\nearly_terminate: {type: hyperband, max_iter: 9, s: 2.0}\nparameters: {a: {values: [1, 2]}}",
+    "method: bayes\nparameters: {a: {value: 1}}",
+])  # fmt: skip
+def test_what_the_sweeps_package_cannot_use_is_refused_when_the_sweep_is_created(text):
+    with pytest.raises(BadSweep, match="the `sweeps` package cannot use"):
+        parse_sweep(f"metric: {{name: x}}\n{text}")
+
+
+@with_sweeps
+def test_bayes_leaves_out_runs_whose_categorical_value_is_no_longer_in_the_sweep():
+    search = parse_sweep("method: bayes\nmetric: {name: x}\nparameters: {a: {values: [u, v]}, n: {parameters: "
+                         "{b: {min: 0.0, max: 1.0}}}}")
+    runs = [{"name": f"r{i}", "state": "finished", "config": {"a": {"value": a}, "n": {"value": {"b": 0.1 * i}}},
+             "summary": {"x": i}, "history": []} for i, a in enumerate("uvgu")]
+    assert bayes_point(search, runs)["a"] in ("u", "v")
 
 
 # -- GraphQL ----------------------------------------------------------------------------------------------------------
@@ -178,6 +206,7 @@ def runs(tmp_path):
     ({"tags": "t1"}, "1"), ({"tags": {"$nin": ["t1"]}}, "023"), ({"display_name": {"$regex": "^zzz"}}, ""),
     ({"state": {"$ne": "finished"}}, "23"), ({"summary_metrics.val/acc": {"$exists": False}}, "2"),
     ({"config.bits": {"$gt": "a"}}, ""), ({"$not": {"state": "failed"}}, "013"), ({"config.bits": {"$mod": 2}}, ""),
+    ({"username": "local"}, "0123"), ({"user": {"$ne": "local"}}, ""), ({"entity": "e"}, "0123"),
     ({"created_at": {"$gt": "2020-01-01T00:00:00"}}, "0123"), ({"created_at": {"$gt": "2999-01-01"}}, ""),
 ])  # fmt: skip
 def test_filters(runs, filters, want):
@@ -205,6 +234,30 @@ def test_streams_are_stored_by_offset_so_that_a_retry_is_harmless(runs):
     assert runs.sampled(run, {"keys": ["x"], "minStep": 1, "maxStep": 1}) == [{"x": 2.5}]
     assert runs.history(run, "history", 10, 0, 1) == ['{"_step": 0, "x": "NaN"}']  # maxStep exclusive here
     assert runs.history_keys(run)["lastStep"] == 1
+
+
+def test_nested_metrics_are_kept_under_dotted_names_and_media_whole(runs):
+    run, picture = runs.get(1, "r0"), {"_type": "image-file", "path": "p"}
+    row = {"_step": 0, "a": {"b": 1.5, "c": {"d": 2, "p": picture}}, "e": {}}
+    runs.stream(run, {"wandb-history.jsonl": {"offset": 0, "content": [json.dumps(row)]}})
+    assert runs.rows(run, "history") == [{"_step": 0, "a.b": 1.5, "a.c.d": 2, "a.c.p": picture, "e": {}}]
+    assert runs.sampled(run, {"keys": ["a.b"]}) == [{"a.b": 1.5}]
+    assert runs.history_keys(run)["keys"]["a.c.d"]["typeCounts"] == [{"type": "number", "count": 1}]
+
+
+def test_a_run_that_begins_anew_takes_back_the_lines_from_there_on_and_a_retry_none(runs):
+    run = runs.get(1, "r0")
+
+    def send(offset, *steps):
+        content = [json.dumps({"_step": step, "x": offset + step}) for step in steps]
+        runs.stream(run, {"wandb-history.jsonl": {"offset": offset, "content": content}})
+        return [row["_step"] for row in runs.rows(run, "history")], runs.metric(run, "x"), runs.count(run, "history")
+
+    assert send(0, 0, 1, 2) == ([0, 1, 2], [0, 1, 2], 3)
+    for _ in range(2):
+        assert send(3, 3, 4) == ([0, 1, 2, 3, 4], [0, 1, 2, 6, 7], 5)
+    for _ in range(2):
+        assert send(5, 2, 3) == ([0, 1, 2, 3], [0, 1, 7, 8], 7)  # the next line's number is still the client's
 
 
 def test_null_never_erases(runs):
@@ -269,6 +322,71 @@ def test_a_run_heard_again_is_stopped_where_its_point_is_done_or_its_sweep_is_ca
     assert scheduler.sweep(sweep)["state"] == "CANCELED"
 
 
+def test_a_deleted_crashed_run_does_not_give_a_point_out_that_another_is_at(scheduler):
+    sweep = sweep_of(scheduler)
+    lost = hand_out(scheduler, sweep)
+    scheduler.lose(lost)
+    second = hand_out(scheduler, sweep)
+    scheduler.forget(again(scheduler, lost))
+    other = hand_out(scheduler, sweep)
+    assert second["point"] == lost["point"] != other["point"]
+    scheduler.forget(second)  # nobody else is at it
+    assert hand_out(scheduler, sweep)["point"] == lost["point"]
+
+
+@pytest.mark.parametrize("goal, short, enough", [("minimize", 0.2, 0.1), ("maximize", 0.0, 0.3)])
+def test_no_run_begins_once_one_reached_the_target(scheduler, goal, short, enough):
+    sweep = sweep_of(scheduler, f"method: grid\nmetric: {{name: val.x, goal: {goal}, target: 0.1}}\n"
+                                "parameters: {a: {values: [0, 1, 2, 3]}}")
+
+    def report(run, value):
+        scheduler.runs.upsert(1, {"name": run["name"], "summaryMetrics": json.dumps({"val": {"x": value}})})
+
+    first, second, third = (hand_out(scheduler, sweep) for _ in range(3))
+    report(first, short)
+    scheduler.complete(first, 0)
+    assert scheduler.sweep(sweep)["state"] == "RUNNING"
+    report(second, enough)  # it goes on
+    assert scheduler.heartbeat(scheduler.create_agent(sweep, "here"), set()) == [{"type": "exit"}]
+    assert scheduler.sweep(sweep)["state"] == "FINISHED"
+    assert [again(scheduler, run)["stop_at"] for run in (second, third)] == [None, None]
+
+
+class Package:
+    """In place of the `sweeps` package: it fails as soon as there is a run."""
+
+    SweepRun = dict
+
+    @staticmethod
+    def next_run(config, runs):
+        return type("Run", (), {"config": {"a": {"value": 1 / (not runs)}}})
+
+    @staticmethod
+    def stop_runs(config, runs):
+        return [1 / (not runs)][:0]
+
+
+def test_a_failing_sweeps_package_stops_no_run_and_costs_no_heartbeat(scheduler, monkeypatch):
+    monkeypatch.setattr("sweepserver.search.library", lambda: Package)
+    config = "method: bayes\nmetric: {name: x}\nearly_terminate: {type: hyperband, min_iter: 1}\n" \
+             "parameters: {a: {min: 0.0, max: 0.5}}"
+    sweep = sweep_of(scheduler, f"{config}  # {random.random()}")
+    runs = [hand_out(scheduler, sweep) for _ in range(2)]
+    values = [scheduler.runs.config(run)["a"] for run in runs]
+    assert values[0] == 1 and 0 <= values[1] <= 0.5  # a random point in its place
+    scheduler._checked.clear()
+    assert scheduler.heartbeat(runs[0]["agent"], {runs[0]["name"]}) == []
+    assert again(scheduler, runs[0])["stop_at"] is None
+
+
+def test_a_search_parses_each_line_of_history_once(scheduler, monkeypatch):
+    run = scheduler.runs.get(1, "r0")
+    scheduler.runs.stream(run, {"wandb-history.jsonl": {"offset": 0, "content": ['{"x": 1}', '{"y": 2}', '{"x": 3}']}})
+    assert scheduler.runs.metric(run, "x") == [1, 3]
+    monkeypatch.setattr("sweepserver.runs.parsed", lambda text: pytest.fail("once more"))
+    assert scheduler.runs.metric(run, "x") == [1, 3]
+
+
 @pytest.mark.parametrize("before, after", [("FINISHED", "RUNNING"), ("PAUSED", "PAUSED"), ("CANCELED", "CANCELED")])
 def test_a_run_heard_again_wakes_a_finished_sweep_alone(scheduler, before, after):
     sweep = sweep_of(scheduler)
@@ -297,6 +415,22 @@ def test_the_number_of_a_deleted_run_is_not_given_out_again(runs):
 # -- permissions ------------------------------------------------------------------------------------------------------
 
 
+def status(served, method: str, path: str, body: bytes = b"", host: bytes = b"x") -> int:
+    """What the application answers, without a network."""
+    scope = {"type": "http", "root_path": "", "query_string": b"", "scheme": "http", "method": method, "path": path,
+             "headers": [(b"host", host)], "server": ("127.0.0.1", 1), "http_version": "1.1"}
+    answers = []
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        answers.append(message)
+
+    asyncio.run(served(scope, receive, send))
+    return answers[0]["status"]
+
+
 def test_the_guard_believes_no_host_header(tmp_path, monkeypatch):
     from starlette.datastructures import URL
     from starlette.requests import HTTPConnection
@@ -304,20 +438,8 @@ def test_the_guard_believes_no_host_header(tmp_path, monkeypatch):
     # What starlette below 1.0.1 makes of the header `Host: x/healthz?`.
     monkeypatch.setattr(HTTPConnection, "url", property(lambda self: URL(f"http://x/healthz?{self.scope['path']}")))
     served = app.build(app.Settings(tmp_path, "k" * 40))
-    scope = {"type": "http", "root_path": "", "query_string": b"", "scheme": "http",
-             "headers": [(b"host", b"x/healthz?")], "server": ("127.0.0.1", 1), "http_version": "1.1"}
-    answers = []
-
-    async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message):
-        answers.append(message)
-
-    for method, path, status in (("GET", "/", 401), ("GET", "/local/p", 401), ("GET", "/healthz", 200)):
-        answers.clear()
-        asyncio.run(served({**scope, "method": method, "path": path}, receive, send))
-        assert answers[0]["status"] == status, path
+    for path, want in (("/", 401), ("/local/p", 401), ("/healthz", 200)):
+        assert status(served, "GET", path, host=b"x/healthz?") == want, path
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -334,6 +456,88 @@ def test_signed_addresses_hold_for_one_thing_and_a_time(tmp_path, monkeypatch):
     assert Files(files.store, files.folder, b"other", 1000).allowed("upload", token) is None
     monkeypatch.setattr("sweepserver.files.now", lambda: 1e12)
     assert files.allowed("upload", token) is None
+
+
+async def chunks(content: bytes):
+    yield content
+
+
+def test_a_file_keeps_its_id_and_no_later_one_gets_that_of_a_deleted_one(tmp_path):
+    files = Files(Store(tmp_path), tmp_path / "blobs", b"secret", 1000)
+    ids = []
+    for name, content in (("a", b"one"), ("b", b"two"), ("a", b"three")):
+        assert asyncio.run(files.put("run:1", name, chunks(content)))
+        ids.append(files.get("run:1", name)["id"])
+    files.delete(files.list("run:1"))
+    assert asyncio.run(files.put("run:2", "c", chunks(b"four")))
+    assert ids[0] == ids[2] and files.get("run:2", "c")["id"] > max(ids) and len(list(files.folder.iterdir())) == 1
+
+
+def test_a_folder_of_an_older_server_is_renewed_with_what_it_holds(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "sweepserver.sqlite")) as old:
+        old.executescript("CREATE TABLE file(id INTEGER PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, "
+                          "blob TEXT, gone TEXT, UNIQUE(owner, name)); CREATE INDEX file_md5 ON file(blob);"
+                          "INSERT INTO file VALUES(7, 'run:1', 'a', 'b', 'g')")
+    for _ in range(2):
+        files = Files(Store(tmp_path), tmp_path / "blobs", b"secret", 1000)
+        row = files.get("run:1", "a")
+        assert (row["id"], row["blob"], row["size"]) == (7, "b", None) and "gone" not in row.keys()
+    files.delete([row])
+    files.record("run:1", "new", "blob", 1, "md5")
+    assert files.get("run:1", "new")["id"] == 8
+
+
+def test_a_database_without_room_leaves_no_bytes_and_no_5xx(tmp_path, monkeypatch):
+    served = app.build(app.Settings(tmp_path, "k" * 40))
+    files = served.state.server.files
+    address = "/" + files.sign("upload", owner="run:1", name="a")
+    (files.folder / ("0" * 32)).write_bytes(b"of a server that was killed")
+    (files.folder / "mine").write_bytes(b"of a person")
+
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "record", full)
+        assert status(served, "PUT", address, b"x") == 400
+    assert status(served, "PUT", address, b"kept") == 200
+    kept = files.get("run:1", "a")["blob"]
+    Files(files.store, files.folder, b"secret", 1000)
+    assert {path.name for path in files.folder.iterdir()} == {"mine", kept}
+
+
+def test_a_write_that_fails_at_its_end_is_undone(tmp_path):
+    store = Store(tmp_path)
+    store.read().executescript("PRAGMA foreign_keys=on; CREATE TABLE child(parent REFERENCES project(id) DEFERRABLE "
+                               "INITIALLY DEFERRED)")
+    with pytest.raises(sqlite3.IntegrityError), store.write():  # COMMIT itself fails, as on a full disk
+        store.insert("child", parent=99)
+    store.insert("ticket", hash="after")
+    with contextlib.closing(sqlite3.connect(store.path)) as other:
+        assert other.execute("SELECT (SELECT COUNT(*) FROM child), hash FROM ticket").fetchall() == [(0, "after")]
+
+
+def test_an_upload_that_waits_for_the_database_does_not_hold_up_the_others(tmp_path):
+    files = Files(Store(tmp_path), tmp_path / "blobs", b"secret", 1000)
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with files.store.write():
+            held.set()
+            release.wait(5)
+
+    async def upload() -> bool:
+        task = asyncio.create_task(files.put("run:1", "a", chunks(b"x")))
+        await asyncio.sleep(0.2)
+        waited = not task.done()
+        release.set()
+        return waited and await task
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    assert asyncio.run(upload())
+    thread.join()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "..\\x", "", "a\0b"])
