@@ -50,6 +50,8 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # for what asks about, or waits for, the current one
         return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(

@@ -77,7 +77,7 @@ def first_tuning(
     model = LearnedNetwork(network, quantize_network(network, images, plan))
     row = {
         "dataset": dataset.name,
-        "checkpoint": str(path),
+        "checkpoint": path.name,
         "checkpoint_hash": checkpoints.short_hash(path),
         "width_mult": checkpoint.architecture.width_mult,
         "weight_quant_bits": weight_bits,
@@ -95,7 +95,7 @@ def first_tuning(
 def start(tuning: FineTuning, recipe: Recipe, device: torch.device) -> State:
     """The state before the first step: that of training.py, with Adam over all parameters."""
     state = training.start(tuning.model, recipe, device)
-    optimizer = torch.optim.Adam(tuning.model.parameters(), recipe.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(tuning.model.parameters(), recipe.lr, fused=device.type in training.FUSED)
     return dataclasses.replace(state, optimizer=optimizer)
 
 

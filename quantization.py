@@ -7,7 +7,7 @@ Choosing a grid (`weight_grid`, `activation_grid`) is apart from applying it (`q
 `integer_forward` runs a quantized network on the codes themselves, held in float32: sums of products of integers are
 exact there below 2^24, so with both weights and activations quantized the result is that of int32 hardware, to the
 last code, whatever the batch size or device. (A layer whose sums may be larger, as in wide networks at 8 bits, runs in
-float64: exact below 2^53.)
+float64: exact below 2^53. So does the stem on CUDA, see `transformed`.)
 Scales and biases are rounded to float16 when a grid is made, before anything is evaluated: what is evaluated is what is
 packed. No quantization API of torch is used.
 """
@@ -272,12 +272,20 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
         else:
             weight = weight * inputs[0]
         layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-        kind = torch.float32 if largest < EXACT else torch.float64
+        kind = torch.float32 if largest < EXACT and not transformed(op, weight, device) else torch.float64
         if kind == torch.float64 and torch.device(device).type == "mps":
             raise UserError(f"the sums of {op.name} need float64, which Apple's MPS does not have; give --device cpu")
         weight = weight.to(device, kind).contiguous(memory_format=layout)
         steps.append(Step(op, weight, bias.to(device, kind), factor, *ends, largest))
     return steps
+
+
+def transformed(op: Op, weight: Tensor, device: torch.device | str) -> bool:
+    """Whether cuDNN might run the layer by Winograd's or Fourier's transform, whose float32 sums of integers are not
+    exact (of a stem's, by tiles of 4x4, four in five are off): a dense convolution over more than one place. It has
+    neither for float64."""
+    dense = op.kind == "conv" and not op.depthwise and weight.shape[-1] > 1
+    return dense and torch.device(device).type == "cuda"
 
 
 def run_step(step: Step, inputs: Sequence[Tensor]) -> Tensor:

@@ -8,15 +8,12 @@ import, so each function imports what it needs. Sizes are in MB of 10^6 bytes, a
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tracking
 from errors import UserError
 from files import write_bytes
 
@@ -133,29 +130,33 @@ def batch_effect(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-SEEDS = (
-    ("FP32", FLOAT_BITS, (FLOAT_BITS,)),
-    ("w8a8", 8, (8,)),
-    ("w6a8", 6, (8,)),
-    ("w4a8", 4, (8,)),
-    ("a ≤ 4", None, (4, 3, 2)),
+MILESTONES = (  # title, bits of the weights (None: any), of the activations from and to
+    ("FP32", FLOAT_BITS, FLOAT_BITS, FLOAT_BITS),
+    ("w8a8", 8, 8, 8),
+    ("w6a8", 6, 8, 8),
+    ("w4a8", 4, 8, 8),
+    ("a ≤ 4", None, 0, 4),
 )
 
 
-def seed_table(frame: pd.DataFrame) -> pd.DataFrame:
+def milestones(frame: pd.DataFrame) -> pd.DataFrame:
     """The configurations to begin with (FP32, w8a8, w6a8, w4a8, best with a ≤ 4 bits) and what was reached there.
 
-    FP32 is filled from any row's reference where it was not measured by itself. Of several runs the most accurate.
+    A row is a configuration by one method: the mean over its runs; of several the most accurate. FP32 is filled from
+    any row's reference where it was not measured by itself.
     """
     import pandas as pd
 
+    by = [*BITS, *(name for name in ("method", "weight_per_channel") if name in frame)]
+    numbers = [ACCURACY, FP32_ACCURACY, SIZE, RATIO]
     rows = []
-    for title, weight_bits, activation_bits in SEEDS:
-        found = frame[frame[ACTIVATIONS].isin(activation_bits)]
+    for title, weight_bits, low, high in MILESTONES:
+        found = frame[frame[ACTIVATIONS].between(low, high)]
         found = found if weight_bits is None else found[found[WEIGHTS] == weight_bits]
         row = {"configuration": title, "run": "not run", "runs": len(found)}
         if len(found):
-            best = found.loc[found[ACCURACY].idxmax()]
+            means = found.groupby(by, dropna=False)[numbers].mean().reset_index()
+            best = means.loc[means[ACCURACY].idxmax()]
             row["run"] = configuration(best[WEIGHTS], best[ACTIVATIONS])
             row |= {"accuracy": best[ACCURACY], "drop": best[FP32_ACCURACY] - best[ACCURACY]}
             row |= {"size_mb": best[SIZE], "compression": best[RATIO]}
@@ -168,148 +169,12 @@ def seed_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    """The points of `grid` (column → values; None is 32 bits) that have no row, one row each, in grid order.
-
-    Of an empty grid none is missing.
-    """
-    import pandas as pd
-
-    if not grid:
-        return pd.DataFrame()
-    columns = [[plain(value, name) for value in frame[name]] for name in grid] if len(frame) else []
-    there = set(zip(*columns, strict=True))
-    points = itertools.product(*grid.values())
-    missing = [p for p in points if tuple(plain(v, name) for v, name in zip(p, grid, strict=True)) not in there]
-    return pd.DataFrame(missing, columns=list(grid))
-
-
-def plain(value: Any, column: str) -> Any:
-    """A value in the form in which two are compared: numbers as floats, missing bits as 32."""
-    if value is None or value != value:
-        return float(FLOAT_BITS) if column in BITS else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-
-
 def size_table(sizes: SizeReport) -> list[dict[str, Any]]:
     """A row a layer and one for the rest of the file; all `_bytes` columns together are the file's bytes."""
     rows = [{**dataclasses.asdict(row), "other_bytes": 0} for row in sizes.rows]
     rest = sizes.total_bytes - sum(row.total_bytes for row in sizes.rows)
     empty = {name: 0 for name in rows[0]}
     return [*rows, {**empty, "name": "grids, tables, header", "kind": "file", "other_bytes": rest}]
-
-
-# --------------------------------------------------------------------------------------------------------------- sweeps
-
-
-@dataclass(frozen=True)
-class SweepResults:
-    """A sweep read back: frame, one row a grid point (its latest finished run, with run_id, run_name and created_at);
-    grid: parameter → values, of those with more than one value, {} where the sweep need not run all of them;
-    states: run state → count; sizes: rows of the size table by weight bits, each from one run."""
-
-    path: str
-    name: str
-    state: str
-    url: str
-    grid: dict[str, list[Any]]
-    states: dict[str, int]
-    frame: pd.DataFrame
-    sizes: dict[float, list[dict[str, Any]]]
-
-    @property
-    def summary(self) -> str:
-        """One line: which sweep, how far, where to look."""
-        runs = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items())) or "no runs"
-        return f"{self.path} ({self.name}), {self.state.lower()}: {runs}; {self.url}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The columns to read first, best accuracy first."""
-        shown = [*BITS, "batch_size", ACCURACY, "acc_drop", SIZE, RATIO, "compression_ratio_activations"]
-        table = self.frame.sort_values(ACCURACY, ascending=False).reindex(columns=["run_name", *shown])
-        return table.astype({"batch_size": "Int64"}).reset_index(drop=True)
-
-    @property
-    def missing(self) -> pd.DataFrame:
-        return missing_points(self.frame, {n: v for n, v in self.grid.items() if self.frame.empty or n in self.frame})
-
-
-def fetch_sweep(
-    entity: str | None = None, project: str | None = None, sweep: str | None = None, cache: Path | None = None
-) -> SweepResults:
-    """A sweep (its id, or entity/project/id) through `wandb.Api()`; without one, the latest sweep.
-
-    With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a grid that has ended without a
-    missing point is read from it the next time, with or without a server. Any other sweep that has ended may have been
-    resumed: it is asked for anew, and read from the cache only where no server answers.
-    """
-    if sweep and sweep.count("/") == 2:
-        entity, project, sweep = sweep.split("/")
-    kept = read_cache(cache, sweep) if cache and sweep else None
-    if kept is None or not complete(kept):
-        try:
-            kept = tracking.read_sweep(entity, project, sweep, SIZE_TABLE, WEIGHTS)
-        except UserError:
-            if kept is None or not ended(kept):
-                raise
-        if cache:
-            text = json.dumps(kept, indent=1, default=str)
-            write_bytes(Path(cache) / f"sweep-{kept['path'].replace('/', '-')}.json", text.encode())
-    return sweep_results(kept)
-
-
-def ended(read: Mapping[str, Any]) -> bool:
-    """Whether nothing more will come: W&B calls a sweep finished when its last run has been given out."""
-    going = any(run["state"] in ("running", "pending", "preempting") for run in read["runs"])
-    return read["state"] in ("FINISHED", "CANCELED", "CANCELLED") and not going
-
-
-def complete(read: Mapping[str, Any]) -> bool:
-    """Whether it is a grid that has ended, with every point: nothing would come if it was resumed."""
-    results = sweep_results(read)
-    return ended(read) and bool(results.grid) and not len(results.missing)
-
-
-def read_cache(folder: Path, sweep: str) -> dict[str, Any] | None:
-    """What `fetch_sweep` kept of `sweep` (its id); None where there is nothing that can be read."""
-    for path in sorted(Path(folder).glob(f"sweep-*-{sweep}.json")):
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def sweep_results(read: Mapping[str, Any]) -> SweepResults:
-    """Makes tables of what `tracking.read_sweep` returned."""
-    axes, whole = sweep_grid(read["config"]), read["config"].get("method") == "grid"
-    finished = [run for run in read["runs"] if run["state"] == "finished"]
-    about = [{"run_id": run["id"], "run_name": run["name"], "created_at": run["created_at"]} for run in finished]
-    rows = [{**run["config"], **run["summary"], **extra} for run, extra in zip(finished, about, strict=True)]
-    states: dict[str, int] = {}
-    for run in read["runs"]:
-        states[run["state"]] = states.get(run["state"], 0) + 1
-    sizes = {float(bits): table for bits, table in read["tables"].items()}  # mixed precision has a mean, such as 3.27
-    frame = to_frame(rows)
-    if whole:  # elsewhere every run is a point of its own
-        frame = latest(frame, [name for name in axes if name in frame] or list(BITS))
-    grid = axes if whole and not read["config"].get("run_cap") else {}
-    return SweepResults(read["path"], read["name"], read["state"], read["url"], grid, states, frame, sizes)
-
-
-def sweep_grid(config: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Parameter → its values, for those parameters of a sweep's configuration that list more than one."""
-    parameters = config.get("parameters") or {}
-    return {name: list(p["values"]) for name, p in parameters.items() if len(p.get("values") or ()) > 1}
-
-
-def latest(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Of rows that agree in `keys` the one created last; in the order of the keys."""
-    if frame.empty:
-        return frame
-    newest = frame.sort_values("created_at", kind="stable").drop_duplicates(list(keys), keep="last")
-    return newest.sort_values(list(keys), kind="stable").reset_index(drop=True)
 
 
 # ------------------------------------------------------------------------------------------------- parallel coordinates
@@ -399,6 +264,7 @@ def spread(axes: Sequence[Axis], index: int) -> np.ndarray:
     for bundle in range(bundles.max() + 1):
         members = order[bundles[order] == bundle]
         width = min(widest, 0.008 * (len(members) - 1))
+        members = members[np.isfinite(axis.places[members])]
         moved[members] = axis.places[members].mean() + np.linspace(-width / 2, width / 2, len(members))
     return moved
 
@@ -547,17 +413,13 @@ def pareto_figure(frame: pd.DataFrame) -> Figure:
             marker=dict(symbol="star", size=14, color=REFERENCE),
             hovertemplate="FP32<br>%{y:.2f} % at %{x:.3f} MB<extra></extra>",
         )  # fmt: skip
-    ticks = log_ticks(*extent([*frame[SIZE], *frame[FP32_SIZE]]))
+    known = [size for size in (*frame[SIZE], *frame[FP32_SIZE]) if size == size]
+    ticks = log_ticks(min(known), max(known)) if known else []
     axis = dict(title="model size, MB (all included)", type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
     figure.update_layout(
         title="Accuracy against size", xaxis=axis, yaxis_title="test accuracy, %", height=520, template="plotly_white"
     )
     return figure
-
-
-def extent(values: Iterable[float]) -> tuple[float, float]:
-    known = [v for v in values if v == v]
-    return min(known), max(known)
 
 
 def heatmap_figure(frame: pd.DataFrame) -> Figure:
@@ -583,7 +445,7 @@ def heatmap_figure(frame: pd.DataFrame) -> Figure:
         )
     )
     figure.update_layout(
-        title="Test accuracy, %: weight bits × activation bits",
+        title="Mean test accuracy, %: weight bits × activation bits",
         xaxis=dict(title="activation bits", type="category", showgrid=False),
         yaxis=dict(title="weight bits", type="category", showgrid=False),
         height=460,

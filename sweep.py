@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+import sweepresults
 import sweepserver
 import tracking
 from cli import option, parse
@@ -179,7 +180,7 @@ def main() -> int:
     print(f"sweep {path}; more agents: wandb agent {path}", flush=True)
     run_agents(path, settings.agents, folder)
 
-    results = report.fetch_sweep(*path.split("/"), cache=settings.output)
+    results = sweepresults.fetch_sweep(*path.split("/"), cache=settings.output)
     if len(results.frame):
         results.frame.to_csv(folder / "results.csv", index=False)
         report.write_plots(results.frame, folder / "parallel_coordinates.png")

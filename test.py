@@ -335,7 +335,7 @@ def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> O
     """Quantizes, packs to `path`, reads back, evaluates on the test pictures: one row."""
     point = point_of(settings)
     if settings.mixed and not any(settings.searched):
-        uniform = settings.weight_quant_bits != (32,), settings.activation_quant_bits != (32,)
+        uniform = [bits not in ((), (32,)) for bits in (settings.weight_quant_bits, settings.activation_quant_bits)]
         parts = point.plan.layer_bits, point.plan.value_bits
         allocation.check_names(settings.bits_file, *parts, subject.network.ops, uniform)
     begun = time.perf_counter()
@@ -350,7 +350,8 @@ def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> O
         point = with_mean_bits(point, quantized)
     calib_seconds = time.perf_counter() - begun
     info = described(settings, subject, fp32, point)
-    row = {**info["row"], "dataset_crc32": subject.dataset_crc32, "calib_seconds": calib_seconds}
+    row = {**info["row"], "checkpoint": str(subject.path), "dataset_crc32": subject.dataset_crc32}
+    row["calib_seconds"] = calib_seconds
     sizes = save_packed(quantized, path, info, entropy=settings.entropy)
     assert not settings.target_size_mb or sizes.total_bytes <= settings.target_size_mb * 1e6, "the file is too large"
     network, _, seconds = unpacked(path)
@@ -359,10 +360,11 @@ def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> O
 
 
 def described(settings: Settings, subject: Subject, fp32: Score, point: Point) -> dict[str, Any]:
-    """What the packed file's header tells of its making; no times, so that the same network makes the same bytes."""
+    """What the packed file's header tells of its making; no times and no folders, so that the same network makes the
+    same bytes."""
     row = {
         **identity(settings, point, subject),
-        "checkpoint": str(subject.path),
+        "checkpoint": subject.path.name,
         "width_mult": subject.checkpoint.architecture.width_mult,
         "test_acc_fp32": fp32.accuracy,
     }
@@ -501,7 +503,10 @@ def measured(settings: Settings, network: QuantizedNetwork, test: data.Split, fp
     """Accuracy of the packed network and how long it took; FP32 in place of what is not quantized."""
     device = choose_device(settings.device)
     forward = predictor(network, device)
-    forward(test.images[: settings.batch_size].to(device))  # warm-up: threads, kernels
+    if device.type == "cpu":  # warm-up: threads; elsewhere kernels, also those of the last batch's size, and the wait
+        forward(test.images[: settings.batch_size])
+    else:
+        score(forward, test, settings.batch_size, device)
     begun = time.perf_counter()
     quantized = score(forward, test, settings.batch_size, device)
     seconds = time.perf_counter() - begun

@@ -113,7 +113,7 @@ def guarded(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        print(f"warning: W&B did not take {what}: {first_line(error)}", file=sys.stderr)
+        print(f"warning: W&B lacks {what}: {first_line(error)}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
@@ -261,7 +261,8 @@ def read_sweep(entity: str | None, project: str | None, sweep: str | None, table
         for run in runs:
             key = str(run.summary.get(per) or 32)
             if run.state == "finished" and key not in tables and table in run.summary.keys():  # noqa: SIM118
-                tables[key] = read_table(run, table)
+                with guarded(f"the table of {run.name}"):
+                    tables[key] = read_table(run, table)
     except (wandb.Error, ValueError) as error:
         refuse(error)
     return {

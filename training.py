@@ -66,6 +66,7 @@ class State:
         return self.average if self.average is not None else self.model
 
 
+FUSED = ("cuda", "mps")  # devices on which one kernel steps all weights
 NUMBERS = ("epoch", "step", "seconds", "epoch_seconds", "best_accuracy")  # of State, kept when it is saved
 
 
@@ -123,7 +124,7 @@ def start(model: nn.Module, recipe: Recipe, device: torch.device) -> State:
     others = [p for p in model.parameters() if p.ndim <= 1]  # norms and biases
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(
-        groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=device.type == "cuda"
+        groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=device.type in FUSED
     )
     average = copy.deepcopy(model).requires_grad_(False).eval() if recipe.ema_decay else None
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's MPS has no float64
@@ -279,7 +280,9 @@ def restore(state: State, saved: dict[str, Any]) -> None:
     state.model.load_state_dict(saved["model"])
     if state.average is not None:
         state.average.load_state_dict(saved["average"])
-    state.optimizer.load_state_dict(saved["optimizer"])
+    fused = state.optimizer.defaults["fused"]  # this device's, not the one's where the state was saved
+    groups = [{**group, "fused": fused} for group in saved["optimizer"]["param_groups"]]
+    state.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
     for name, value in saved["numbers"].items():
         setattr(state, name, value)
     state.sums.copy_(saved["sums"])

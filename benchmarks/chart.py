@@ -58,6 +58,7 @@ class Settings:
     results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
     peers: Path = option(HERE / "peers.csv", "what peers.py measured for that checkpoint")
     picture: Path = option(HERE / "accuracy_per_byte.png", "where the picture goes")
+    runs: Path = option(HERE / "parallel_coordinates.png", "where the picture of all rows of RESULTS goes")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def main() -> None:
     subject = {name: frame[name].iloc[0] for name in ("checkpoint_hash", "dataset_crc32")}
     rows = [row for row in peers.read_rows(settings.peers) if all(row[name] == subject[name] for name in subject)]
     draw([{**ours(frame, bits), **others(rows, bits)} for bits in PANELS], frame[FP32_ACCURACY].iloc[0], settings)
-    print(f"wrote {settings.picture}")
+    report.parallel_coordinates_png(frame, settings.runs)
+    print(f"wrote {settings.picture} and {settings.runs}")
 
 
 def ours(frame: "pd.DataFrame", activations: int) -> dict[str, list[Point]]:
@@ -92,11 +94,12 @@ def ours(frame: "pd.DataFrame", activations: int) -> dict[str, list[Point]]:
 
 
 def others(rows: Sequence[Mapping[str, str]], activations: int) -> dict[str, list[Point]]:
-    """The peers' lines at that width of the activations, without what failed."""
+    """The peers' lines at that width of the activations, without what failed or has no file of its own size."""
     lines: dict[str, list[Point]] = {}
     for row in rows:
         weights, values = row["bits"].split("/")
-        if row["tool"] in peers.OFFERED and values == str(activations) and not row["error"]:
+        measured = not row["error"] and "FP32 export" not in row.get("note", "")
+        if row["tool"] in peers.OFFERED and values == str(activations) and measured:
             point = Point(int(row["bytes"]) / 1e6, float(row["accuracy"]), weights)
             lines.setdefault(row["tool"], []).append(point)
     return {tool: by_size(points) for tool, points in lines.items()}

@@ -16,8 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from train_speed import Pictures
 
 import data
+from allocator import keep_freed_memory
 from calibration import Plan, quantize_network
 from checkpoint import DEFAULT_CHECKPOINT, build_model, load
 from cli import option, parse
@@ -43,29 +45,20 @@ class Settings:
     device: str | None = option(None, "cpu, cuda (default: the best there is)")
 
 
-def plain_evaluation(model: torch.nn.Module, pixels: torch.Tensor, settings: Settings, device: torch.device) -> None:
+def plain_evaluation(model: torch.nn.Module, split: data.Split, settings: Settings, device: torch.device) -> None:
     """One pass as a tutorial writes it."""
     transforms = import_torchvision("torchvision.transforms")
-    steps = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.262))]
-    )
-    pictures = [picture.permute(1, 2, 0).numpy() for picture in pixels]
-
-    class Pictures(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return len(pictures)
-
-        def __getitem__(self, i: int) -> torch.Tensor:
-            return steps(pictures[i])
-
-    loader = torch.utils.data.DataLoader(Pictures(), settings.batch_size, num_workers=settings.workers)
+    normal = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.262))
+    steps = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor(), normal])
+    loader = torch.utils.data.DataLoader(Pictures(split, steps), settings.batch_size, num_workers=settings.workers)
     with torch.no_grad():
-        for batch in loader:
+        for batch, _ in loader:
             model(batch.to(device)).argmax(1).cpu()
 
 
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
+    keep_freed_memory()
     device = choose_device(settings.device)
     path = settings.checkpoint or DEFAULT_CHECKPOINT
     if settings.checkpoint or path.exists():
@@ -85,7 +78,7 @@ def main() -> None:
 
     name = f"W{settings.weight_bits}A{settings.act_bits}"
     runs: dict[str, Callable[[], object]] = {
-        "plain FP32": lambda: plain_evaluation(plain, pixels, settings, device),
+        "plain FP32": lambda: plain_evaluation(plain, split, settings, device),
         "FP32": ours(predictor(float_network(network), device)),
         name: ours(predictor(quantized, device)),
     }

@@ -8,7 +8,8 @@ All see the same FP32 checkpoint, calibration pictures (those that test.py draws
 (held out of training by the checkpoint) and test pictures. The tools conflict, so each has its own environment, made
 from requirements-peers-TOOL.txt when first needed, and runs there as a process of its own (peer_worker.py): one that
 fails is reported as failed and stops nothing. Everything runs in one thread, and times are seconds of that thread on
-the processor, not of the clock: other work on the machine disturbs them little.
+the processor, not of the clock: other work on the machine disturbs them little. Rows that come from a results file of
+test.py (--grid) have its times, of the clock.
 """
 
 import csv
@@ -61,6 +62,7 @@ OFFERED = {
 BITS = ("8/8", "6/8", "4/8", "3/8", "2/8", "8/4", "6/6", "4/4", "2/4", "2/2", "8/32", "4/32", "2/32")
 OURS = {"ours": "auto", "ours-plain": "plain"}  # the name in the table → --rounding of test.py
 FP32 = "FP32 network"
+UNKNOWN = "not recorded"  # machine and company of rows from a results file
 BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
 
 COLUMNS = (
@@ -147,7 +149,7 @@ def main() -> None:
             measured = peer(settings, material, tool, bits)
         row |= measured | {"date": datetime.date.today().isoformat()}
         rows = [old for old in read_rows(settings.output) if not same(old, row)]  # another run may have added some
-        rows.append({name: text(row.get(name)) for name in COLUMNS})
+        rows.append({name: results.text(row.get(name)) for name in COLUMNS})
         write_rows(settings.output, rows)
         write_between(settings.page, BEGIN, END, page([r for r in rows if fits(r, common)]))
         print(measured.get("error") or f"  {measured['accuracy']:.2f} %, {measured['bytes']:,} bytes", flush=True)
@@ -203,7 +205,7 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
     begun = time.process_time()
     result = score(forward, pictures, 256, "cpu")
     plan = dataclasses.asdict(point.plan)
-    shown = ("weight_range", "act_range", "rounding", "bias_correction", "edge_bits")
+    shown = ("weight_range", "act_range", "rounding", "bias_correction", "edge_bits", "equalize", "tune")
     return {
         "version": f"torch {torch.__version__}",
         "settings": "" if tool == FP32 else ", ".join(f"{n} {plan[n]}".removesuffix(" True") for n in shown if plan[n]),
@@ -240,6 +242,8 @@ def from_grid(settings: Settings, common: Mapping[str, Any], tool: str, bits: st
                 "quantize_seconds": float(row["calib_seconds"]),
                 "pictures_per_second": float(row["images_per_second"]),
                 "arithmetic": "float" if not activation_bits else "integers in float32",
+                "machine": UNKNOWN,
+                "beside": UNKNOWN,
                 "note": f'Rows with the settings "test.py ..." are those of {settings.grid.name}: times of the clock.',
             }
     return None
@@ -352,17 +356,13 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     write_bytes(path, out.getvalue().encode())
 
 
-def text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
-    return all(old[name] == text(row[name]) for name in SAME)
+    return all(old[name] == results.text(row[name]) for name in SAME)
 
 
 def fits(row: Mapping[str, str], common: Mapping[str, Any]) -> bool:
     """Whether a row belongs to the present checkpoint and pictures: only such rows stand in one table."""
-    return all(row[name] == text(common[name]) for name in SAME if name in common)
+    return all(row[name] == results.text(common[name]) for name in SAME if name in common)
 
 
 def machine() -> str:
@@ -383,7 +383,7 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
     lines = [
         f"Checkpoint {first['checkpoint_hash']}, FP32 {fp32:.2f} %; {first['calibration_pictures']} calibration "
         f"pictures, {' or '.join(choices)} to choose settings with, {first['test_pictures']} test pictures. "
-        f"{machines(rows)}; beside: {'; '.join(sorted({r['beside'] for r in rows}))}.",
+        f"{machines(rows)}; beside: {'; '.join(sorted({r['beside'] for r in rows} - {UNKNOWN}))}.",
         "",
         "| w/a | tool | settings | accuracy, % | drop | bytes on disk | s to quantize | pictures/s | arithmetic |",
         "|---|---|---|---:|---:|---:|---:|---:|---|",
@@ -406,7 +406,7 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
 
 def machines(rows: Sequence[Mapping[str, str]]) -> str:
     """The machine that most rows come from, and which rows come from others: times compare on one machine only."""
-    (most, _), *others = Counter(row["machine"] for row in rows).most_common()
+    (most, _), *others = Counter(row["machine"] for row in rows if row["machine"] != UNKNOWN).most_common()
     told = [most]
     for name, _ in others:
         here = ", ".join(f"{row['tool']} {row['bits']}" for row in rows if row["machine"] == name)

@@ -14,6 +14,7 @@ from allocation import Trial, allocate, fit_size, read_bits, sensitivities, smal
 from calibration import Plan, method_plan, quantize_network
 from compression import save_packed
 from data import Normalization
+from entropy import LANES
 from errors import UserError
 from network import fold_batch_norm, forward, fused_operations, value_sizes
 from quantization import float_network, with_layers
@@ -129,12 +130,10 @@ def test_bytes_of_layers_are_those_of_the_file(case, entropy, tmp_path):
     if not entropy:
         assert {row.name: row.total_bytes for row in report.rows} == {n: row[3].bytes for n, row in table.items()}
     else:
-        packed = sum(
-            row.bytes
-            for trials in sensitivities(network, images[:16], Plan(3), (3,)).values()
-            for row in trials.values()
-        )
-        assert sum(row[3].bytes for row in table.values()) < packed
+        foreseen = sum(row[3].bytes for row in table.values())
+        packed = sensitivities(network, images[:16], Plan(3), (3,))
+        assert foreseen < sum(row[3].bytes for row in packed.values())
+        assert sum(row.total_bytes for row in report.rows) <= foreseen + 4 * LANES  # scales and biases deflated: less
 
 
 @pytest.mark.parametrize("entropy", [False, True])

@@ -30,6 +30,7 @@ PEERS = [
     dict(tool="quanto", bits="2/8", bytes="1000000", accuracy="50", error=""),
     dict(tool="quanto", bits="8/32", bytes="2300000", accuracy="89", error=""),
     dict(tool="torchao", bits="4/8", bytes="", accuracy="", error="it fails"),
+    dict(tool="aimet", bits="4/8", bytes="9000000", accuracy="88", error="", note="the size of its FP32 export"),
     dict(tool="ours", bits="4/8", bytes="1250000", accuracy="88", error=""),
 ]
 
@@ -42,7 +43,10 @@ def test_lines_are_means_over_seeds_and_peers_without_failures(chart):
     assert not any(chart.ours(frame(), 4).values())
 
 
-def test_the_picture_is_a_png(chart, tmp_path):
+def test_the_picture_is_a_png_with_a_line_for_each(chart, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(chart, "draw_line", lambda ax, name, points: drawn.append((name, len(points))))
     settings = chart.Settings(picture=tmp_path / "chart.png")
     chart.draw([{**chart.ours(frame(), bits), **chart.others(PEERS, bits)} for bits in chart.PANELS], 90.0, settings)
     assert settings.picture.read_bytes().startswith(b"\x89PNG")
+    assert ("ours", 2) in drawn and ("quanto", 2) in drawn and not {"aimet", "torchao"} & {name for name, _ in drawn}

@@ -13,6 +13,7 @@ from networks import random_model
 import checkpoint as checkpoints
 import results
 from data import Normalization
+from errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,25 @@ def test_targets_are_checked_before_the_work(call, program, monkeypatch):
 def test_the_method_names_only_what_it_changed(program):
     settings = program.Settings(activation_quant_bits=(4,), bias_correction=True, equalize=True)
     assert program.point_of(settings).method == "auto+equalize=True"
+
+
+def test_an_agent_gets_no_bits_that_nobody_gave(program, call, pictures):
+    """Its run takes the parameters of a sweep as they are: no bits given are none, not 32."""
+    Path("b.yaml").write_text("layers: {classifier.1: 4}\n")
+    settings = program.Settings(checkpoint=Path("c.safetensors"), data_dir=pictures, bits_file=Path("b.yaml"))
+    subject = program.load_subject(settings)
+    with pytest.raises(UserError, match="layers lacks features.0.0"):
+        program.evaluate(settings, subject, program.fp32_score(settings, subject), Path("p.safetensors"))
+
+
+def test_the_packed_file_does_not_hold_the_folder_of_its_checkpoint(call):
+    Path("deep").mkdir()
+    shutil.copy("c.safetensors", "deep/c.safetensors")
+    for i, path in enumerate(("c.safetensors", "deep/c.safetensors")):
+        line = ["--checkpoint", path, "--weight-bits", "4", "--rounding", "nearest", "--save-packed", f"p{i}"]
+        assert call(*line, checkpoint=False)[0] == 0
+    assert Path("p0").read_bytes() == Path("p1").read_bytes()
+    assert [row["checkpoint"] for row in results.read(Path("results.csv"))] == ["c.safetensors", "deep/c.safetensors"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

@@ -28,16 +28,15 @@ RECIPE = training.Recipe(epochs=10, batch_size=8, lr=0.01, warmup_epochs=0, augm
 def fp32(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of width 0.1 that knows the three classes of the folder `pictures` (they differ in brightness)."""
     path = tmp_path_factory.mktemp("fp32") / "c.pth"
-    settings = dataclasses.replace(
-        train.Settings(), data_dir=pictures, width_mult=0.1, epochs=6, batch_size=8, val_size=6, lr=0.05, save_path=path
-    )
-    train.train(settings)
+    settings = dict(data_dir=pictures, width_mult=0.1, epochs=6, batch_size=8, val_size=6, lr=0.05, save_path=path)
+    train.train(train.Settings(device="cpu", **settings))
     return path
 
 
 def arguments(fp32: Path, pictures: Path, path: Path, epochs: int = 2) -> list[str]:
     text = f"--qat --checkpoint {fp32} --data-dir {pictures} --save-path {path} --epochs {epochs} --batch-size 8"
-    return [*text.split(), "--weight-quant-bits", "2", "--activation-quant-bits", "4", "--qat-lr", "0.003"]
+    more = "--device cpu --weight-quant-bits 2 --activation-quant-bits 4 --qat-lr 0.003"
+    return [*text.split(), *more.split()]
 
 
 def test_training_at_two_bits_lowers_the_loss() -> None:

@@ -158,6 +158,21 @@ def test_evaluation_is_integer_arithmetic(weight_bits, activation_bits, per_chan
     np.testing.assert_array_equal(logits, integer_logits(quantized, images[:3]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: its sums against the CPU's")
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_cuda_gives_the_bits_of_the_cpu(batch_size):
+    _, quantized, images = quantized_network(8, 8)
+    images = images.repeat(8, 1, 1, 1)[:batch_size]
+    assert torch.equal(q.predictor(quantized, "cuda")(images.cuda()).cpu(), q.predictor(quantized)(images))
+
+
+def test_only_convolutions_over_several_places_are_transformed_by_cudnn():
+    network, _, _ = quantized_network(8, 8)
+    found = [op.name for op in network.weighted if q.transformed(op, network.weights[op.name], "cuda")]
+    assert found == ["features.0.0"]
+    assert not any(q.transformed(op, network.weights[op.name], "cpu") for op in network.weighted)
+
+
 def test_layers_with_larger_sums_run_in_float64(monkeypatch):
     """Oracle: the same network in float32, which holds its sums; and a layer whose sums it does not hold, in numpy."""
     _, quantized, images = quantized_network(8, 8)

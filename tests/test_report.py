@@ -1,9 +1,7 @@
 """report.py: tables against slow plain versions, pictures against what they must show."""
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,17 +77,6 @@ def test_pareto_front_against_all_pairs(seed):
     assert found == sorted(found)
 
 
-def test_missing_points_in_grid_order():
-    frame = report.to_frame([r for r in GRID if (r["weight_quant_bits"], r["batch_size"]) != (4, 256)] + [FP32])
-    grid = {"activation_quant_bits": [2, 4, 6, 8], "batch_size": [128, 256], "weight_quant_bits": [None, 2, 4, 6, 8]}
-    missing = report.missing_points(frame, grid)
-    present = {(a, b, w) for a, b, w in zip(*(frame[n] for n in grid), strict=True)}
-    expected = [p for p in itertools.product([2, 4, 6, 8], [128, 256], [32, 2, 4, 6, 8]) if p not in present]
-    assert list(missing.fillna(32).itertuples(index=False, name=None)) == expected
-    assert report.missing_points(frame, {"weight_quant_bits": [32, "8"], "weight_per_channel": [True]}).shape == (1, 2)
-    assert len(report.missing_points(frame, {})) == len(report.missing_points(report.to_frame([]), {})) == 0
-
-
 def test_batch_effect_is_the_spread_over_batch_sizes():
     changed = [row(4, 8, 91.0, 1.2, 128), row(4, 8, 91.5, 1.2, 256), row(8, 8, 92.0, 2.3, 128)]
     effect = report.batch_effect(report.to_frame(changed))
@@ -104,14 +91,16 @@ def test_batch_effect_does_not_mix_seeds():
     assert report.batch_effect(report.to_frame(rows))["spread"].tolist() == [0.0, 0.0]
 
 
-def test_seed_table_names_what_was_reached_and_what_was_not_run():
+def test_milestones_name_what_was_reached_and_what_was_not_run():
     rows = [row(8, 8, 93.9, 2.3), row(8, 8, 93.8, 2.3), row(4, 8, 93.0, 1.2), row(8, 3, 80.0, 2.3), row(6, 4, 90.0, 2)]
-    table = report.seed_table(report.to_frame(rows)).set_index("configuration")
+    table = report.milestones(report.to_frame(rows)).set_index("configuration")
     assert list(table.index) == ["FP32", "w8a8", "w6a8", "w4a8", "a ≤ 4"]
-    assert table.loc["w8a8", "accuracy"] == 93.9 and table.loc["w8a8", "runs"] == 2
+    assert table.loc["w8a8", "accuracy"] == pytest.approx(93.85) and table.loc["w8a8", "runs"] == 2  # of seeds the mean
     assert table.loc["w6a8", "run"] == "not run" and math.isnan(table.loc["w6a8", "accuracy"])
     assert table.loc["a ≤ 4", "run"] == "w6a4" and table.loc["a ≤ 4", "drop"] == 4.0
     assert table.loc["FP32", "accuracy"] == 94.0 and table.loc["FP32", "runs"] == 0  # from the others' reference
+    mixed = report.milestones(report.to_frame([*rows, row(3.5, 3.27, 91.0, 1.1, method="auto+mixed")]))
+    assert mixed.iloc[-1]["run"] == "w3.5a3.27"
 
 
 @pytest.mark.parametrize("low, high", [(0.63, 9.1), (46.7, 94.3), (93.1, 93.4), (1.0, 1.1), (3.9, 7.5), (0.002, 700)])
@@ -209,86 +198,3 @@ def test_sizes_figure_adds_up():
     figure = report.sizes_figure(sizes)
     assert sum(sum(bar.y) for bar in figure.data) == pytest.approx(500.010)
     assert "0.500 MB" in figure.layout.title.text
-
-
-def read(runs, state="FINISHED", method="grid", values=(4, 8), **more):
-    config = {"method": method, "parameters": {"weight_bits": {"values": list(values)}, "batch_size": {"value": 64}}}
-    config |= more
-    return {"path": "me/p/s1", "name": "s", "state": state, "url": "u", "config": config, "runs": runs, "tables": {}}
-
-
-def run(name, weight_bits, accuracy, created, state="finished"):
-    summary = row(weight_bits, 8, accuracy, 1.0)
-    return {"id": name, "name": name, "state": state, "created_at": created, "config": {"weight_bits": weight_bits},
-            "summary": summary}  # fmt: skip
-
-
-RUNS = [
-    run("old", 4, 80.0, "2026-01-01T10:00:00Z"),
-    run("new", 4, 90.0, "2026-01-01T11:00:00Z"),
-    run("bad", 4, 10.0, "2026-01-01T12:00:00Z", "crashed"),
-]
-
-
-def test_sweep_keeps_the_latest_finished_run_of_a_point():
-    results = report.sweep_results(read(RUNS))
-    assert results.frame["run_id"].tolist() == ["new"]
-    assert results.states == {"finished": 2, "crashed": 1}
-    assert results.missing.to_dict("records") == [{"weight_bits": 8}]
-    assert report.sweep_results(read(RUNS, method="random")).frame["run_id"].tolist() == ["old", "new"]
-
-
-def test_sweep_table_has_the_best_first_and_may_be_empty():
-    best = report.sweep_results(read([*RUNS, run("top", 8, 93.0, "2026-01-01T09:00:00Z")])).table
-    assert best["run_name"].tolist() == ["top", "new"] and best["batch_size"].tolist() == [128, 128]
-    nothing = report.sweep_results(read([]))
-    assert nothing.table.empty and list(nothing.table) == list(best)
-    assert nothing.missing.to_dict("records") == [{"weight_bits": 4}, {"weight_bits": 8}]
-
-
-@pytest.mark.parametrize("changes", [dict(method="random"), dict(run_cap=1), dict(values=[4])])
-def test_a_sweep_that_need_not_run_every_point_misses_none(changes):
-    results = report.sweep_results(read(RUNS, **changes))
-    assert len(results.missing) == 0 and results.grid == {}
-    assert results.frame["run_id"].tolist() == (["old", "new"] if "method" in changes else ["new"])
-
-
-WHOLE = [*RUNS, run("other", 8, 93.0, "2026-01-01T13:00:00Z")]
-
-
-@pytest.mark.parametrize(
-    "state, runs, changes, reads",
-    [
-        ("FINISHED", WHOLE, {}, 1),
-        ("FINISHED", RUNS, {}, 2),  # a point is missing: somebody may have resumed it
-        ("FINISHED", WHOLE, dict(method="random"), 2),  # these may be resumed as well
-        ("FINISHED", WHOLE, dict(run_cap=2), 2),
-        ("RUNNING", WHOLE, {}, 2),
-        ("FINISHED", [*WHOLE, run("live", 8, 1.0, "2026-01-02T00:00:00Z", "running")], {}, 2),
-    ],
-)
-def test_only_an_ended_and_whole_grid_is_taken_from_the_cache(tmp_path, monkeypatch, state, runs, changes, reads):
-    asked = []
-    monkeypatch.setattr(report.tracking, "read_sweep", lambda *a: asked.append(a) or read(runs, state, **changes))
-    first = report.fetch_sweep("me", "p", "s1", tmp_path)
-    second = report.fetch_sweep("me", "p", "s1", tmp_path)
-    assert len(asked) == reads
-    assert first.frame.equals(second.frame) and first.grid == second.grid
-    assert json.loads(Path(tmp_path / "sweep-me-p-s1.json").read_text())["path"] == "me/p/s1"
-
-    def unreachable(*_):
-        raise UserError("no server")
-
-    monkeypatch.setattr(report.tracking, "read_sweep", unreachable)
-    if state == "FINISHED" and not any(run["state"] == "running" for run in runs):
-        assert report.fetch_sweep("me", "p", "s1", tmp_path).frame.equals(first.frame)
-    else:
-        with pytest.raises(UserError):
-            report.fetch_sweep("me", "p", "s1", tmp_path)
-
-
-def test_size_tables_of_mixed_precision_are_found_by_their_mean():
-    rows = {"8": [{"name": "a"}], "3.27": [{"name": "b"}]}
-    read = dict(path="e/p/s", name="s", state="FINISHED", url="", config={"method": "random"}, runs=[], tables=rows)
-    sizes = report.sweep_results(read).sizes
-    assert sizes == {8: rows["8"], 3.27: rows["3.27"]} and min(sizes) == 3.27

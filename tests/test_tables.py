@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import report
+from errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -44,3 +45,23 @@ def test_coded_files_are_told_smallest_first(tables):
         "| 90.00 | 2.50 on average | 8 | 500,000 | 9.00 times | 1.00 |",
         "| 90.00 | 4 | 8 | 1,000,000 | 9.00 times | 1.00 |",
     ]
+
+
+def test_the_committed_tables_are_those_of_the_committed_results(tables):
+    settings = tables.Settings()
+    frame, first = tables.read_one_checkpoint(settings.results), tables.read_one_checkpoint(settings.first)
+    page = settings.page.read_text()
+    assert tables.accuracies(frame) in settings.readme.read_text()
+    assert all(table in page for table in (tables.drops(frame), tables.drops(first), tables.coded([frame, first])))
+
+
+@pytest.mark.parametrize("column, other", [("checkpoint_hash", "def"), ("dataset_crc32", "456")])
+def test_rows_of_two_checkpoints_or_data_sets_are_refused(tables, tmp_path, column, other):
+    import results
+
+    path, row = tmp_path / "r.csv", dict.fromkeys(results.COLUMNS, 1) | dict(checkpoint_hash="abc", dataset_crc32="123")
+    results.append(path, row)
+    assert len(tables.read_one_checkpoint(path)) == 1
+    results.append(path, row | {column: other})
+    with pytest.raises(UserError, match=f"see its column {column}"):
+        tables.read_one_checkpoint(path)

@@ -265,11 +265,9 @@ def test_agents_side_by_side_lose_no_row(tmp_path):
 
 
 def test_only_tracking_imports_wandb():
-    found = [
-        path.name for path in ROOT.glob("*.py") for line in path.read_text().splitlines()
-        if line.strip().startswith(("import wandb", "from wandb"))
-    ]  # fmt: skip
-    assert set(found) == {"tracking.py"}
+    paths = [path for part in (".", "models", "benchmarks") for path in (ROOT / part).glob("*.py")]
+    lines = [(path.name, line.strip()) for path in paths for line in path.read_text().splitlines()]
+    assert {name for name, line in lines if line.startswith(("import wandb", "from wandb"))} == {"tracking.py"}
 
 
 def test_latest_sweep_is_found_without_a_name(outcomes, server):

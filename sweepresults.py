@@ -1,0 +1,168 @@
+"""A sweep read back through W&B's API as one frame: its finished runs, the points that are missing, a cache on disk.
+
+What of a grid ran twice counts once, with its latest run. pandas costs half a second to import, so each function
+imports what it needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tracking
+from errors import UserError
+from files import write_bytes
+from report import ACCURACY, BITS, FLOAT_BITS, RATIO, SIZE, SIZE_TABLE, WEIGHTS, to_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A sweep read back: frame, one row a grid point (its latest finished run, with run_id, run_name and created_at);
+    grid: parameter → values, of those with more than one value, {} where the sweep need not run all of them;
+    states: run state → count; sizes: rows of the size table by weight bits, each from one run."""
+
+    path: str
+    name: str
+    state: str
+    url: str
+    grid: dict[str, list[Any]]
+    states: dict[str, int]
+    frame: pd.DataFrame
+    sizes: dict[float, list[dict[str, Any]]]
+
+    @property
+    def summary(self) -> str:
+        """One line: which sweep, how far, where to look."""
+        runs = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items())) or "no runs"
+        return f"{self.path} ({self.name}), {self.state.lower()}: {runs}; {self.url}"
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The columns to read first, best accuracy first."""
+        shown_anyway = {*BITS, "batch_size", "weight_bits", "act_bits", "activation_bits"}  # with test.py's other names
+        swept = [name for name in self.grid if name in self.frame and name not in shown_anyway]
+        shown = [*BITS, *swept, "batch_size", ACCURACY, "acc_drop", SIZE, RATIO, "compression_ratio_activations"]
+        table = self.frame.sort_values(ACCURACY, ascending=False).reindex(columns=["run_name", *shown])
+        return table.astype({"batch_size": "Int64"}).reset_index(drop=True)
+
+    @property
+    def missing(self) -> pd.DataFrame:
+        return missing_points(self.frame, {n: v for n, v in self.grid.items() if self.frame.empty or n in self.frame})
+
+
+def fetch_sweep(
+    entity: str | None = None, project: str | None = None, sweep: str | None = None, cache: Path | None = None
+) -> SweepResults:
+    """A sweep (its id, or entity/project/id) through `wandb.Api()`; without one, the latest sweep.
+
+    With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a grid that has ended without a
+    missing point is read from it the next time, with or without a server. Any other sweep that has ended may have been
+    resumed: it is asked for anew, and read from the cache only where no server answers.
+    """
+    if sweep and sweep.count("/") == 2:
+        entity, project, sweep = sweep.split("/")
+    kept = read_cache(cache, entity, project, sweep) if cache and sweep else None
+    if kept is None or not complete(kept):
+        try:
+            kept = tracking.read_sweep(entity, project, sweep, SIZE_TABLE, WEIGHTS)
+        except UserError:
+            if kept is None or not ended(kept):
+                raise
+        if cache:
+            text = json.dumps(kept, indent=1, default=str)
+            write_bytes(Path(cache) / f"sweep-{kept['path'].replace('/', '-')}.json", text.encode())
+    return sweep_results(kept)
+
+
+def ended(read: Mapping[str, Any]) -> bool:
+    """Whether nothing more will come: W&B calls a sweep finished when its last run has been given out."""
+    going = any(run["state"] in ("running", "pending", "preempting") for run in read["runs"])
+    return read["state"] in ("FINISHED", "CANCELED", "CANCELLED") and not going
+
+
+def complete(read: Mapping[str, Any]) -> bool:
+    """Whether it is a grid that has ended, with every point: nothing would come if it was resumed."""
+    results = sweep_results(read)
+    return ended(read) and bool(results.grid) and not len(results.missing)
+
+
+def read_cache(folder: Path, entity: str | None, project: str | None, sweep: str) -> dict[str, Any] | None:
+    """What `fetch_sweep` kept of `sweep` (its id, in any project where none is given); None where there is nothing that
+    can be read."""
+    for path in sorted(Path(folder).glob(f"sweep-*-{sweep}.json")):
+        try:
+            kept = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        asked = zip((entity, project, sweep), kept["path"].split("/"), strict=True)
+        if all(name in (None, known) for name, known in asked):
+            return kept
+    return None
+
+
+def sweep_results(read: Mapping[str, Any]) -> SweepResults:
+    """Makes tables of what `tracking.read_sweep` returned."""
+    axes, whole = sweep_grid(read["config"]), read["config"].get("method") == "grid"
+    finished = [run for run in read["runs"] if run["state"] == "finished"]
+    about = [{"run_id": run["id"], "run_name": run["name"], "created_at": run["created_at"]} for run in finished]
+    rows = [{**run["config"], **run["summary"], **extra} for run, extra in zip(finished, about, strict=True)]
+    states: dict[str, int] = {}
+    for run in read["runs"]:
+        states[run["state"]] = states.get(run["state"], 0) + 1
+    sizes = {float(bits): table for bits, table in read["tables"].items()}  # mixed precision has a mean, such as 3.27
+    frame = to_frame(rows)
+    if whole:  # elsewhere every run is a point of its own
+        frame = latest(frame, [name for name in axes if name in frame] or list(BITS))
+    grid = axes if whole and not read["config"].get("run_cap") else {}
+    return SweepResults(read["path"], read["name"], read["state"], read["url"], grid, states, frame, sizes)
+
+
+def sweep_grid(config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Parameter → its values, for those parameters of a sweep's configuration that have more than one to list."""
+    parameters = config.get("parameters") or {}
+    listed = {name: list(p.get("values") or whole_numbers(p)) for name, p in parameters.items()}
+    return {name: values for name, values in listed.items() if len(values) > 1}
+
+
+def whole_numbers(parameter: Mapping[str, Any]) -> range:
+    """Those from min to max, where a parameter has such ends."""
+    low, high = parameter.get("min"), parameter.get("max")
+    return range(low, high + 1) if type(low) is type(high) is int else range(0)
+
+
+def latest(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Of rows that agree in `keys` the one created last; in the order of the keys."""
+    if frame.empty:
+        return frame
+    newest = frame.sort_values("created_at", kind="stable").drop_duplicates(list(keys), keep="last")
+    return newest.sort_values(list(keys), kind="stable").reset_index(drop=True)
+
+
+def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    """The points of `grid` (column → values; None is 32 bits) that have no row, one row each, in grid order.
+
+    Of an empty grid none is missing.
+    """
+    import pandas as pd
+
+    if not grid:
+        return pd.DataFrame()
+    columns = [[plain(value, name) for value in frame[name]] for name in grid] if len(frame) else []
+    there = set(zip(*columns, strict=True))
+    points = itertools.product(*grid.values())
+    missing = [p for p in points if tuple(plain(v, name) for v, name in zip(p, grid, strict=True)) not in there]
+    return pd.DataFrame(missing, columns=list(grid))
+
+
+def plain(value: Any, column: str) -> Any:
+    """A value in the form in which two are compared: numbers as floats, missing bits as 32."""
+    if value is None or value != value:
+        return float(FLOAT_BITS) if column in BITS else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
