@@ -265,6 +265,8 @@ def spread(axes: Sequence[Axis], index: int) -> np.ndarray:
         members = order[bundles[order] == bundle]
         width = min(widest, 0.008 * (len(members) - 1))
         members = members[np.isfinite(axis.places[members])]
+        if not len(members):
+            continue
         moved[members] = axis.places[members].mean() + np.linspace(-width / 2, width / 2, len(members))
     return moved
 

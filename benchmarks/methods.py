@@ -10,9 +10,11 @@ KL(FP32 || quantized) of the predicted classes, in nats: it tells methods apart 
 
 import csv
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +65,7 @@ class Settings:
     act_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the activations; 32: FP32", choices=BITS)
     methods: tuple[str, ...] = option(("plain", "auto"), f"plain, auto, reconstruct, {', '.join(VARIANTS)}")
     seeds: tuple[int, ...] = option((0,), "of the calibration pictures", low=0)
-    calib_pictures: int = option(1024, "training pictures for calibration", low=32)
+    calib_pictures: int = option(512, "training pictures for calibration", low=32)
     output: Path = option(Path("benchmarks/methods.csv"), "one row per measurement")
 
 
@@ -97,39 +99,40 @@ def main() -> None:
     exact = logits_of(float_network(network), split)
     fp32 = accuracy(exact, split)
     print(f"FP32 on {len(split)} {settings.split} pictures: {fp32:.2f} %", flush=True)
-    for weight_bits in settings.weight_bits:
-        for act_bits in settings.act_bits:
-            for method in settings.methods:
-                for seed in settings.seeds:
-                    cells = (subject.hash, settings.split, weight_bits, act_bits, method, seed)
-                    cells += (settings.calib_pictures, len(split), subject.dataset_crc32)
-                    point = dict(zip(POINT, map(str, cells), strict=True))
-                    if any(all(row[k] == v for k, v in point.items()) for row in rows):
-                        continue
-                    bits = (None if b == 32 else b for b in (weight_bits, act_bits))
-                    images = data.calibration_split(subject.train, settings.calib_pictures, seed).images
-                    begun = time.perf_counter()
-                    quantized = quantize_network(network, images, plan_of(method, *bits))
-                    seconds = time.perf_counter() - begun
-                    logits = logits_of(quantized, split)
-                    reached, kl = accuracy(logits, split), float(divergence(logits, exact))
-                    row = point | {"accuracy": f"{reached:.3f}", "fp32": f"{fp32:.3f}", "kl": f"{kl:.4f}"}
-                    row |= {"seconds": f"{seconds:.1f}"}
-                    rows.append(row)
-                    new = not settings.output.exists()
-                    with settings.output.open("a", newline="") as file:
-                        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                        if new:
-                            writer.writeheader()
-                        writer.writerow(row)
-                    print(
-                        f"w{weight_bits}a{act_bits} {method} seed {seed}: {reached:.2f} % "
-                        f"(drop {fp32 - reached:.2f}, KL {kl:.4f}, {seconds:.0f} s)",
-                        flush=True,
-                    )
+    pairs = itertools.product(settings.weight_bits, settings.act_bits)
+    for (weight_bits, act_bits), method, seed in itertools.product(pairs, settings.methods, settings.seeds):
+        cells = (subject.hash, settings.split, weight_bits, act_bits, method, seed)
+        cells += (settings.calib_pictures, len(split), subject.dataset_crc32)
+        point = dict(zip(POINT, map(str, cells), strict=True))
+        if any(all(row[k] == v for k, v in point.items()) for row in rows):
+            continue
+        images = data.calibration_split(subject.train, settings.calib_pictures, seed).images
+        begun = time.perf_counter()
+        plan = plan_of(method, *(None if b == 32 else b for b in (weight_bits, act_bits)))
+        quantized = quantize_network(network, images, plan)
+        seconds = time.perf_counter() - begun
+        logits = logits_of(quantized, split)
+        reached, kl = accuracy(logits, split), float(divergence(logits, exact))
+        row = point | {"accuracy": f"{reached:.3f}", "fp32": f"{fp32:.3f}", "kl": f"{kl:.4f}"}
+        rows.append(row | {"seconds": f"{seconds:.1f}"})
+        append(settings.output, rows[-1])
+        print(
+            f"w{weight_bits}a{act_bits} {method} seed {seed}: {reached:.2f} % "
+            f"(drop {fp32 - reached:.2f}, KL {kl:.4f}, {seconds:.0f} s)",
+            flush=True,
+        )
     alike = (subject.hash, subject.dataset_crc32, settings.split, str(settings.calib_pictures), str(len(split)))
     names = ("checkpoint_hash", "dataset_crc32", "split", "calib_pictures", "pictures")
     print(table([row for row in rows if tuple(row[name] for name in names) == alike]))
+
+
+def append(path: Path, row: Mapping[str, str]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def logits_of(network: QuantizedNetwork, split: data.Split) -> Tensor:

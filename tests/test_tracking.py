@@ -173,7 +173,7 @@ def test_nothing_of_wandb_is_imported_without_asking(outcomes):
 def test_offline_keeps_the_run_for_later(outcomes, server):
     root, (code, text) = outcomes[0], outcomes[1]["offline"]
     assert code == 0 and "imported True" in text, text
-    assert "did not take the link to the checkpoint" in text  # what the mode cannot do is said, and the rest goes on
+    assert "lacks the link to the checkpoint" in text  # what the mode cannot do is said, and the rest goes on
     (kept,) = (root / "offline" / "wandb").glob("offline-run-*")
     done = wandb(server, root / "offline", "sync", "--project", "synced", str(kept))
     assert done.returncode == 0, done.stdout
