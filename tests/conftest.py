@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the programs that tests start
@@ -57,3 +58,20 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         return stop.value.code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def real_pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], int]]:
+    """(a folder with the first 20 pictures of each class and part of CIFAR-10, how many there are of each)."""
+    archive = Path(os.environ.get("CIFAR10_JPEG", ROOT / ".." / "shared" / "data" / "cifar10.tar.xz"))
+    if not archive.exists():
+        pytest.skip(f"needs the real CIFAR-10 as JPEG: no {archive}; CIFAR10_JPEG names another place")
+    folder, counts = tmp_path_factory.mktemp("real"), {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile():
+                _, part, name, file = member.name.split("/")
+                counts[part, name] = counts.get((part, name), 0) + 1
+                if int(file.removesuffix(".jpg")) < 20:
+                    tar.extract(member, folder, filter="data")
+    return folder / "cifar10", counts

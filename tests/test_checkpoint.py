@@ -11,10 +11,15 @@ import pytest
 import torch
 
 import checkpoint as checkpoints
+import data
 from checkpoint import Checkpoint
+from compression import load_packed
 from data import Normalization
 from errors import UserError
+from evaluation import score
 from models import Architecture, MobileNetV2
+from network import fold_batch_norm
+from quantization import float_network, predictor
 from vision import import_torchvision
 
 
@@ -146,6 +151,18 @@ def test_other_files_are_refused(tmp_path, small, suffix):
     torch.save(small.state, tmp_path / "bare.pth")
     with pytest.raises(UserError, match="is not a checkpoint of this project"):
         checkpoints.load(tmp_path / "bare.pth")
+
+
+def test_the_files_that_come_along_know_real_pictures(real_pictures):
+    """200 test pictures: 89.5 and 84.1 % of all 10,000 are right."""
+    pictures = data.load("folder", real_pictures[0])
+    checkpoint = checkpoints.load(checkpoints.DEFAULT_CHECKPOINT)
+    network = fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization)
+    packed, info = load_packed(checkpoints.DEFAULT_CHECKPOINT.with_name("mnv2_cifar10_w2a2_qat.safetensors"))
+    assert checkpoint.classes == tuple(info["classes"]) == pictures.classes
+    for quantized, told in ((float_network(network), checkpoint.metrics), (packed, info["metrics"])):
+        reached = score(predictor(quantized), pictures.test, 256, "cpu").accuracy
+        assert abs(reached - told["test_acc"]) < 8  # three standard deviations
 
 
 # ------------------------------------------------------------------------------------------------- ImageNet weights

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_pictures
+from conftest import write_pictures
 from PIL import Image
 
 import data
@@ -195,20 +194,10 @@ def test_the_default_data_set_is_the_folder_if_there_is_one(tmp_path, pictures):
         data.load("mnist", tmp_path)
 
 
-def test_the_shared_cifar10(tmp_path):
-    archive = Path(os.environ.get("CIFAR10_JPEG", ROOT / ".." / "shared" / "data" / "cifar10.tar.xz"))
-    if not archive.exists():
-        pytest.skip(f"needs the real CIFAR-10 as JPEG: no {archive}; CIFAR10_JPEG names another place")
-    counts: dict[tuple[str, str], int] = {}
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isfile():
-                _, part, name, file = member.name.split("/")
-                counts[part, name] = counts.get((part, name), 0) + 1
-                if int(file.removesuffix(".jpg")) < 20:
-                    tar.extract(member, tmp_path, filter="data")
+def test_the_shared_cifar10(real_pictures):
+    folder, counts = real_pictures
     assert len(counts) == 20 and all(count == {"train": 5000, "test": 1000}[p] for (p, _), count in counts.items())
-    loaded = data.load("folder", tmp_path / "cifar10")
+    loaded = data.load("folder", folder)
     assert len(loaded.train) == len(loaded.test) == 200
     assert loaded.classes[0] == "airplane" and loaded.classes[9] == "truck"
     airplane, truck = loaded.train.images[0].float(), loaded.test.images[199].float()
