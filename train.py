@@ -354,9 +354,10 @@ def describe(run: Run, device: torch.device, resumed: bool) -> None:
 
 def check_compiler(device: torch.device) -> None:
     """UserError where torch.compile would find no compiler, after minutes and in many lines."""
-    names = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++")
-    if not any(shutil.which(os.environ.get(name, name)) for name in names):
-        raise UserError(f"--compile needs a C++ compiler; install {names[1]}, or leave out --compile")
+    variable, names = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++", "clang++"])
+    names = os.environ.get(variable, "").split()[:1] or names
+    if not any(map(shutil.which, names)):
+        raise UserError(f"--compile needs a compiler, and there is no {names[0]}; install it, or leave out --compile")
 
 
 def compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

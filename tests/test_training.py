@@ -281,6 +281,12 @@ def test_bad_input_is_one_line_before_the_first_step(tmp_path, pictures, run_mai
     assert sorted(os.listdir(tmp_path)) == ["file"]
 
 
+def test_compiling_without_a_compiler_is_one_line(tmp_path, pictures, run_main, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/g++ -O3")
+    code, _, err = run_main(train, *train.to_argv(settings(pictures, tmp_path, compile=True)))
+    assert code == 2 and "no /nonexistent/g++" in err and "--compile" in err and err.count("\n") == 1
+
+
 def test_starting_from_a_checkpoint(tmp_path, pictures, capsys):
     torch.manual_seed(5)
     for classes, width in ((3, 0.1), (10, 0.1), (3, 0.2)):
