@@ -129,7 +129,7 @@ def draw(panels: Sequence[Series], fp32: float, settings: Settings) -> None:
         ax.set_xscale("log")
         ax.set_xlim(0.87 * min(sizes), 1.12 * max(sizes))
         ax.set_ylim(LOWEST, fp32 + 1.2)
-        ax.set_xticks([0.4, 0.6, 1, 1.5, 2.5, 4, 9])
+        ax.set_xticks([tick for tick in (0.4, 0.6, 1, 1.5, 2.5, 4, 6, 9) if tick < 1.12 * max(sizes)])
         ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.25)
