@@ -108,8 +108,10 @@ def make_problem(weight: Tensor, sums: Moments, centred: bool, damping: float = 
     if centred:
         x, y = sums.x / sums.n, sums.y / sums.n
         # An input that varies by less than float32 sums can tell is a constant: the bias has it, codes do nothing.
-        varies = (h - x.unsqueeze(2) * x.unsqueeze(1)).diagonal(dim1=1, dim2=2) > CONSTANT * h.diagonal(dim1=1, dim2=2)
-        h = (h - x.unsqueeze(2) * x.unsqueeze(1)) * varies.unsqueeze(2) * varies.unsqueeze(1)
+        least = CONSTANT * h.diagonal(dim1=1, dim2=2)
+        h = h - x.unsqueeze(2) * x.unsqueeze(1)
+        varies = h.diagonal(dim1=1, dim2=2) > least
+        h = h * varies.unsqueeze(2) * varies.unsqueeze(1)
         b = (b - y.unsqueeze(1) * x.expand(len(b), -1)) * varies
     # What centring takes away leaves rounding errors of its size behind, so they set the least damping.
     noise = 1e-6 * sums.xx.diagonal(dim1=1, dim2=2).sum(1) / sums.n

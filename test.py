@@ -350,8 +350,8 @@ def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> O
         point = with_mean_bits(point, quantized)
     calib_seconds = time.perf_counter() - begun
     info = described(settings, subject, fp32, point)
-    row = {**info["row"], "checkpoint": str(subject.path), "dataset_crc32": subject.dataset_crc32}
-    row["calib_seconds"] = calib_seconds
+    made = {"checkpoint": str(subject.path), "dataset_crc32": subject.dataset_crc32, "calib_seconds": calib_seconds}
+    row = info["row"] | made
     sizes = save_packed(quantized, path, info, entropy=settings.entropy)
     assert not settings.target_size_mb or sizes.total_bytes <= settings.target_size_mb * 1e6, "the file is too large"
     network, _, seconds = unpacked(path)

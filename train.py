@@ -170,8 +170,10 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     settings = dataclasses.replace(settings, dataset=settings.dataset or data.default_name(settings.data_dir))
     check_together(settings)
     device = choose_device(settings.device)
+    if settings.compile:
+        check_compiler(device)
     recipe = make_recipe(settings, device)
-    check_writable(settings.save_path)
+    check_writable(settings.save_path)  # first, for the next names are made of it: "." has none
     for path in (resume_path(settings), log_path(settings)):
         check_writable(path)
     saved = saved_state(settings) if settings.resume else None
@@ -230,8 +232,6 @@ def check_together(settings: Settings) -> None:
         if getattr(settings, name) != getattr(Settings, name):
             there = "does nothing with --qat" if settings.qat else "goes with --qat"
             raise UserError(f"{flag(name)} {there}; leave it out" + ("" if settings.qat else ", or add --qat"))
-    if settings.compile:
-        check_compiler(choose_device(settings.device))
 
 
 def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
