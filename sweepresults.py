@@ -17,6 +17,7 @@ import tracking
 from errors import UserError
 from files import write_bytes
 from report import ACCURACY, BITS, FLOAT_BITS, RATIO, SIZE, SIZE_TABLE, WEIGHTS, to_frame
+from sweepserver.search import BadSweep, grid_axes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,10 +110,11 @@ def read_cache(folder: Path, entity: str | None, project: str | None, sweep: str
 
 def sweep_results(read: Mapping[str, Any]) -> SweepResults:
     """Makes tables of what `tracking.read_sweep` returned."""
-    axes, whole = sweep_grid(read["config"]), read["config"].get("method") == "grid"
+    axes = sweep_grid(read["config"])
+    whole = axes is not None
     finished = [run for run in read["runs"] if run["state"] == "finished"]
     about = [{"run_id": run["id"], "run_name": run["name"], "created_at": run["created_at"]} for run in finished]
-    rows = [{**run["config"], **run["summary"], **extra} for run, extra in zip(finished, about, strict=True)]
+    rows = [{**flat(run["config"]), **run["summary"], **extra} for run, extra in zip(finished, about, strict=True)]
     states: dict[str, int] = {}
     for run in read["runs"]:
         states[run["state"]] = states.get(run["state"], 0) + 1
@@ -124,25 +126,40 @@ def sweep_results(read: Mapping[str, Any]) -> SweepResults:
     return SweepResults(read["path"], read["name"], read["state"], read["url"], grid, states, frame, sizes)
 
 
-def sweep_grid(config: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Parameter → its values, for those parameters of a sweep's configuration that have more than one to list."""
-    parameters = config.get("parameters") or {}
-    listed = {name: list(p.get("values") or whole_numbers(p)) for name, p in parameters.items()}
-    return {name: values for name, values in listed.items() if len(values) > 1}
+def sweep_grid(config: Mapping[str, Any]) -> dict[str, list[Any]] | None:
+    """Parameter → its values, for those parameters of a grid that have more than one; one that is nested has a name
+    with dots. None for other methods, and where another server took for a grid what cannot be listed."""
+    if config.get("method") != "grid":
+        return None
+    try:
+        axes = {".".join(path): list(values) for path, values in grid_axes(config.get("parameters") or {})}
+    except BadSweep:
+        return None
+    return {name: values for name, values in axes.items() if len(values) > 1}
 
 
-def whole_numbers(parameter: Mapping[str, Any]) -> range:
-    """Those from min to max, where a parameter has such ends."""
-    low, high = parameter.get("min"), parameter.get("max")
-    return range(low, high + 1) if type(low) is type(high) is int else range(0)
+def flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """A run's configuration with nested parameters under names with dots."""
+    cells: dict[str, Any] = {}
+    for name, value in config.items():
+        cells |= flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
+    return cells
 
 
 def latest(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Of rows that agree in `keys` the one created last; in the order of the keys."""
     if frame.empty:
         return frame
-    newest = frame.sort_values("created_at", kind="stable").drop_duplicates(list(keys), keep="last")
-    return newest.sort_values(list(keys), kind="stable").reset_index(drop=True)
+    newest = frame.sort_values("created_at", kind="stable")
+    points = newest[list(keys)].apply(lambda column: column.map(lambda value: plain(value, column.name)))
+    newest = newest[~points.duplicated(keep="last")]
+    return newest.sort_values(list(keys), kind="stable", key=in_order).reset_index(drop=True)
+
+
+def in_order(column: pd.Series) -> pd.Series:
+    """What `column` is sorted by: itself, or where it holds lists or several types their text."""
+    values = column.map(lambda value: plain(value, column.name))
+    return values if len({type(value) for value in values}) == 1 else values.map(str)
 
 
 def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
@@ -162,7 +179,10 @@ def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd
 
 
 def plain(value: Any, column: str) -> Any:
-    """A value in the form in which two are compared: numbers as floats, missing bits as 32."""
+    """A value in the form in which two are compared: numbers as floats of twelve digits (steps of 0.1 add up to 0.3 in
+    several ways), missing bits as 32."""
     if value is None or value != value:
         return float(FLOAT_BITS) if column in BITS else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(f"{value:.12g}")
+    return str(value)

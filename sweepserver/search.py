@@ -88,7 +88,7 @@ def parse_sweep(text: str) -> Search:
         raise BadSweep(f"run_cap: expected a whole number above 0, got {cap!r}")
     _check(parameters, ())
     _check_draw(parameters)
-    axes = tuple(_axes(parameters, ())) if method == "grid" else ()
+    axes = tuple(grid_axes(parameters)) if method == "grid" else ()
     goal = metric.get("goal", "minimize")
     search = Search(config, method, parameters, metric.get("name"), goal, metric.get("target"), cap, bool(early), axes)
     if method == "bayes":  # with no runs yet, so that what the package cannot use is refused now
@@ -96,6 +96,27 @@ def parse_sweep(text: str) -> Search:
     if early:
         runs_to_stop(search, [])
     return search
+
+
+def grid_axes(parameters: dict, path: tuple = ()):
+    """Yields (path, values) of every parameter of a grid that has a choice, in W&B's order; a path is the names from
+    the outermost on, one where nothing is nested. Raises `BadSweep` for a parameter whose values cannot be listed."""
+    for name, spec in sorted(parameters.items()):
+        place = (*path, name)
+        if "parameters" in spec:
+            yield from grid_axes(spec["parameters"], place)
+        elif "values" in spec:
+            yield place, list({_key(value): value for value in spec["values"]}.values())  # a value twice is one point
+        elif "value" not in spec:
+            kind, low, high, step = distribution(spec), spec.get("min"), spec.get("max"), spec.get("q", 1)
+            if kind not in ("int_uniform", "q_uniform"):
+                raise BadSweep(f"parameters.{'.'.join(place)}: a grid needs value, values, or whole min and max")
+            if (high - low) / step >= MOST_VALUES:
+                raise BadSweep(f"parameters.{'.'.join(place)}: more than {MOST_VALUES} values, too many for a grid")
+            if kind == "int_uniform":
+                yield place, range(low, high + 1)
+            else:
+                yield place, [low + i * step for i in range(math.ceil((high - low) / step))]
 
 
 def library():
@@ -322,25 +343,6 @@ def _check_draw(parameters: dict) -> None:
         random_point(parameters, random.Random(0))
     except (ArithmeticError, TypeError, ValueError) as error:
         raise BadSweep(f"parameters: cannot be drawn ({error})") from None
-
-
-def _axes(parameters: dict, path: tuple):
-    for name, spec in sorted(parameters.items()):
-        place = (*path, name)
-        if "parameters" in spec:
-            yield from _axes(spec["parameters"], place)
-        elif "values" in spec:
-            yield place, list({_key(value): value for value in spec["values"]}.values())  # a value twice is one point
-        elif "value" not in spec:
-            kind, low, high, step = distribution(spec), spec.get("min"), spec.get("max"), spec.get("q", 1)
-            if kind not in ("int_uniform", "q_uniform"):
-                raise BadSweep(f"parameters.{'.'.join(place)}: a grid needs value, values, or whole min and max")
-            if (high - low) / step >= MOST_VALUES:
-                raise BadSweep(f"parameters.{'.'.join(place)}: more than {MOST_VALUES} values, too many for a grid")
-            if kind == "int_uniform":
-                yield place, range(low, high + 1)
-            else:
-                yield place, [low + i * step for i in range(math.ceil((high - low) / step))]
 
 
 def _constants(parameters: dict) -> dict:

@@ -115,7 +115,7 @@ def test_a_grid_over_whole_numbers_keeps_every_point():
     sweep["config"]["parameters"]["seed"] = {"min": 0, "max": 2}
     results = sweepresults.sweep_results(sweep)
     assert len(results.frame) == 5 and results.missing.to_dict("records") == [{"weight_bits": 8, "seed": 2}]
-    assert results.table["seed"].tolist() == [0, 1, 2, 0, 1]
+    assert results.table["seed"].tolist() == [0, 0, 1, 1, 2]  # W&B's order: by name
 
 
 def test_the_cache_is_of_the_project_that_was_asked_for(tmp_path, monkeypatch):
@@ -124,3 +124,29 @@ def test_the_cache_is_of_the_project_that_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "read_sweep", lambda *a: read([]) | {"path": "/".join(a[:3])})
     assert sweepresults.fetch_sweep(None, None, "s1", tmp_path).path == kept.path == "me/p/s1"
     assert sweepresults.fetch_sweep("other", "q", "s1", tmp_path).path == "other/q/s1"
+
+
+@pytest.mark.parametrize(
+    "parameter, values",
+    [
+        ({"distribution": "q_uniform", "min": 0.0, "max": 0.3, "q": 0.1}, [0.0, 0.1, 0.2]),
+        ({"parameters": {"lr": {"values": [0.1, 0.01]}, "name": {"value": "sgd"}}}, [{"lr": 0.1}, {"lr": 0.01}]),
+        ({"values": [[1, 2], [3]]}, [[1, 2], [3]]),
+        ({"values": [True, False, "auto"]}, [True, False, "auto"]),
+    ],
+)
+def test_a_grid_of_any_kind_of_parameter_keeps_every_point(parameter, values):
+    sweep = read([{**run(str(i), 4, 90.0, "2026-01-01"), "config": {"extra": v}} for i, v in enumerate(values)])
+    sweep["config"]["parameters"] = {"extra": parameter}
+    results = sweepresults.sweep_results(sweep)
+    assert sorted(results.frame["run_id"]) == ["0", "1", "2"][: len(values)] and len(results.missing) == 0
+    assert sweepresults.complete(sweep)
+    sweep["runs"].pop()
+    assert len(sweepresults.sweep_results(sweep).missing) == 1 and not sweepresults.complete(sweep)
+
+
+def test_a_grid_that_cannot_be_listed_keeps_every_run():
+    sweep = read(WHOLE)
+    sweep["config"]["parameters"]["lr"] = {"min": 0.1, "max": 0.5}
+    results = sweepresults.sweep_results(sweep)
+    assert len(results.frame) == 3 and results.grid == {} and not sweepresults.complete(sweep)
