@@ -1,14 +1,14 @@
 """results.csv: one row per evaluation, kept as it comes; a grid that was interrupted finds its finished points here.
 
 The first columns are the project's; those behind them say by which method the row was made, so that two methods at the
-same bits are two rows. An empty bits column means 32 (FP32).
+same bits are two rows. An empty bits column means 32 (FP32). The benchmarks keep their tables with the same functions.
 """
 
 import contextlib
 import csv
 import fcntl
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ KEY = (
 )
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file as text; none where there is no file yet. What an older file lacks is empty."""
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
+    """The rows of a results file (or of another table, of those `columns`) as text; none where there is no file yet.
+    What an older results file lacks is empty. UserError for a file of other columns, which is left alone."""
     try:
         text = Path(path).read_text()
     except FileNotFoundError:
@@ -66,23 +67,28 @@ def read(path: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--output {path} cannot be read ({error}); give another file") from None
     reader = csv.DictReader(io.StringIO(text))
-    if tuple(reader.fieldnames or ()) not in (COLUMNS, OLDER):
+    if tuple(reader.fieldnames or ()) not in (tuple(columns), *([OLDER] if columns == COLUMNS else [])):
         raise UserError(f"--output {path} has other columns than this program's results; give another file")
-    rows = [dict.fromkeys(COLUMNS, "") | row for row in reader]
+    rows = [dict.fromkeys(columns, "") | row for row in reader]
     if any(None in row or None in row.values() for row in rows):  # one has more or fewer cells than the header
         raise UserError(f"--output {path} has a row that does not fit its header; mend it, or give another file")
     return rows
 
 
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds one row; the file is replaced in one step, so it is whole at any moment. Agents side by side take turns."""
+def append(
+    path: Path, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS, replaces: Sequence[str] = ()
+) -> list[dict[str, str]]:
+    """Adds one row, and returns all; the file is replaced in one step, so it is whole at any moment. Agents side by
+    side take turns. Rows that agree with it in the columns `replaces` go, where any are named."""
     with locked(path):
+        rows = [old for old in read(path, columns) if not (replaces and same(old, row, replaces))]
+        rows.append({name: text(row[name]) for name in columns})
         out = io.StringIO()
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(read(path))
-        writer.writerow({name: text(row[name]) for name in COLUMNS})
+        writer.writerows(rows)
         write_bytes(Path(path), out.getvalue().encode())
+    return rows
 
 
 @contextlib.contextmanager
@@ -106,11 +112,11 @@ def text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def has(rows: list[dict[str, str]], row: Mapping[str, Any]) -> bool:
+def has(rows: Sequence[Mapping[str, str]], row: Mapping[str, Any], key: Sequence[str] = KEY) -> bool:
     """Whether `rows` holds a measurement of the same point."""
-    return any(same(old, row) for old in rows)
+    return any(same(old, row, key) for old in rows)
 
 
-def same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
-    """Whether a row that was read is a measurement of the same point."""
-    return all(old[name] == text(row[name]) for name in KEY)
+def same(old: Mapping[str, str], row: Mapping[str, Any], key: Sequence[str] = KEY) -> bool:
+    """Whether a row that was read is a measurement of the same point: it agrees in the columns `key`."""
+    return all(old[name] == text(row[name]) for name in key)

@@ -21,6 +21,7 @@ import peers
 import tables
 
 import report
+import results
 from cli import option, parse
 from errors import run_main
 from report import ACCURACY, ACTIVATIONS, FP32_ACCURACY, SIZE, WEIGHTS
@@ -77,7 +78,7 @@ def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     frame = tables.read_one_checkpoint(settings.results)
     subject = {name: frame[name].iloc[0] for name in ("checkpoint_hash", "dataset_crc32")}
-    rows = [row for row in peers.read_rows(settings.peers) if all(row[name] == subject[name] for name in subject)]
+    rows = [row for row in results.read(settings.peers, peers.COLUMNS) if results.same(row, subject, list(subject))]
     draw([{**ours(frame, bits), **others(rows, bits)} for bits in PANELS], frame[FP32_ACCURACY].iloc[0], settings)
     report.parallel_coordinates_png(frame, settings.runs)
     print(f"wrote {settings.picture} and {settings.runs}")
@@ -98,7 +99,7 @@ def others(rows: Sequence[Mapping[str, str]], activations: int) -> dict[str, lis
     lines: dict[str, list[Point]] = {}
     for row in rows:
         weights, values = row["bits"].split("/")
-        measured = not row["error"] and "FP32 export" not in row.get("note", "")
+        measured = not row["error"] and row["stored"] == peers.QUANTIZED
         if row["tool"] in peers.OFFERED and values == str(activations) and measured:
             point = Point(int(row["bytes"]) / 1e6, float(row["accuracy"]), weights)
             lines.setdefault(row["tool"], []).append(point)

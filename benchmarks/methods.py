@@ -8,13 +8,11 @@ KL(FP32 || quantized) of the predicted classes, in nats: it tells methods apart 
     python benchmarks/methods.py --split test --methods plain,auto --seeds 0,1,2
 """
 
-import csv
 import dataclasses
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from tables import spread
 from torch import Tensor
 
 import data
+import results
 from allocator import keep_freed_memory
 from calibration import Plan, method_plan, quantize_network
 from checkpoint import DEFAULT_CHECKPOINT
@@ -78,21 +77,13 @@ def plan_of(method: str, weight_bits: int | None, activation_bits: int | None) -
         raise UserError(f"--methods has {method!r}; expected plain, auto, reconstruct, {', '.join(VARIANTS)}") from None
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of an earlier run; UserError for a file of other columns, which is not gone on with."""
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    if rows and tuple(rows[0]) != COLUMNS:
-        raise UserError(f"--output {path} has other columns than this program's; give another file")
-    return rows
-
-
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
     check_writable(settings.output)
     for method in settings.methods:
         plan_of(method, 8, 8)  # a name that is none is told before the first measurement
-    rows = read_rows(settings.output)
+    rows = results.read(settings.output, COLUMNS)
     subject = load(settings.checkpoint, settings.dataset, settings.data_dir)
     network, split = subject.network, {"val": subject.validation, "test": subject.test}[settings.split]
     split = data.calibration_split(split, settings.limit, seed=0) if settings.limit else split  # of all classes
@@ -104,7 +95,7 @@ def main() -> None:
         cells = (subject.hash, settings.split, weight_bits, act_bits, method, seed)
         cells += (settings.calib_pictures, len(split), subject.dataset_crc32)
         point = dict(zip(POINT, map(str, cells), strict=True))
-        if any(all(row[k] == v for k, v in point.items()) for row in rows):
+        if results.has(rows, point, POINT):
             continue
         images = data.calibration_split(subject.train, settings.calib_pictures, seed).images
         begun = time.perf_counter()
@@ -114,8 +105,7 @@ def main() -> None:
         logits = logits_of(quantized, split)
         reached, kl = accuracy(logits, split), float(divergence(logits, exact))
         row = point | {"accuracy": f"{reached:.3f}", "fp32": f"{fp32:.3f}", "kl": f"{kl:.4f}"}
-        rows.append(row | {"seconds": f"{seconds:.1f}"})
-        append(settings.output, rows[-1])
+        rows = results.append(settings.output, row | {"seconds": f"{seconds:.1f}"}, COLUMNS)
         print(
             f"w{weight_bits}a{act_bits} {method} seed {seed}: {reached:.2f} % "
             f"(drop {fp32 - reached:.2f}, KL {kl:.4f}, {seconds:.0f} s)",
@@ -124,15 +114,6 @@ def main() -> None:
     alike = (subject.hash, subject.dataset_crc32, settings.split, str(settings.calib_pictures), str(len(split)))
     names = ("checkpoint_hash", "dataset_crc32", "split", "calib_pictures", "pictures")
     print(table([row for row in rows if tuple(row[name] for name in names) == alike]))
-
-
-def append(path: Path, row: Mapping[str, str]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def logits_of(network: QuantizedNetwork, split: data.Split) -> Tensor:

@@ -30,7 +30,8 @@ SIMULATED = "simulated"  # fake quantization: float32 numbers moved to the grid
 
 @dataclass(frozen=True)
 class Candidate:
-    """One quantized network. predict: float32 [n, 3, 32, 32] → logits [n, classes]; file: what a user would keep."""
+    """One quantized network. predict: float32 [n, 3, 32, 32] → logits [n, classes]; file: what a user would keep;
+    stored: what it holds, "quantized" or what it is instead."""
 
     settings: str
     predict: Callable[[np.ndarray], np.ndarray]
@@ -38,6 +39,7 @@ class Candidate:
     file: Path
     arithmetic: str
     note: str = ""
+    stored: str = "quantized"
 
 
 @dataclass(frozen=True)
@@ -262,18 +264,18 @@ def aimet(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candid
             sim.set_and_freeze_param_encodings(str(encodings))
         sim.compute_encodings(lambda m, _: [m(b) for b in batches], None)
         seconds = time.process_time() - begun
-        path, note = work.own / f"{name}.onnx", ""
+        path, note, stored = work.own / f"{name}.onnx", "", "quantized"
         try:
             aimet_torch.onnx.export(
                 copy.deepcopy(sim.model), picture, str(path), opset_version=21, dynamo=False, prequantize_constants=True
             )
         except Exception as error:
-            note = f"aimet: its ONNX export fails here ({type(error).__name__}); the size is that of its FP32 export"
+            note, stored = f"aimet: its ONNX export of quantized weights fails ({type(error).__name__})", "FP32 export"
             exported = work.own / name
             exported.mkdir(exist_ok=True)
             sim.export(str(exported), "model", picture)
             path = exported / "model.onnx"  # beside it lie the grids in JSON and copies of the network: not counted
-        return Candidate(name, torch_predictor(sim.model), seconds, path, SIMULATED, note)
+        return Candidate(name, torch_predictor(sim.model), seconds, path, SIMULATED, note, stored)
 
     schemes = {"tf_enhanced": QuantScheme.post_training_tf_enhanced, "min-max": QuantScheme.post_training_tf}
     for name, scheme in schemes.items():
@@ -354,15 +356,15 @@ def brevitas(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Can
         seconds = time.process_time() - begun
         name = f"{weights} weights, bias correction" + f", equalization {equalize}" * bool(equalize)
         name += f", GPTQ on {gptq} pictures" * bool(gptq)
-        path, note = work.own / f"{name}.onnx", ""
+        path, note, stored = work.own / f"{name}.onnx", "", "quantized"
         try:
             exported = copy.deepcopy(model)
             export_onnx_qcdq(exported, args=torch.zeros(1, 3, 32, 32), export_path=str(path), dynamo=False)
         except Exception as error:
-            note = f"brevitas: its ONNX export fails here ({type(error).__name__}); the size is that of its torch file"
+            note, stored = f"brevitas: its ONNX export fails here ({type(error).__name__})", "FP32 torch file"
             path = work.own / f"{name}.pth"
             torch.save(model.state_dict(), path)
-        yield Candidate(name, torch_predictor(model), seconds, path, SIMULATED, note)
+        yield Candidate(name, torch_predictor(model), seconds, path, SIMULATED, note, stored)
 
 
 def quanto(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candidate]:
@@ -508,6 +510,7 @@ def main() -> None:
                 "pictures_per_second": speed,
                 "arithmetic": best.arithmetic,
                 "note": best.note,
+                "stored": best.stored,
             }
         )
     )

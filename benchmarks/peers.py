@@ -12,11 +12,9 @@ the processor, not of the clock: other work on the machine disturbs them little.
 test.py (--grid) have its times, of the clock.
 """
 
-import csv
 import dataclasses
 import datetime
 import hashlib
-import io
 import json
 import os
 import platform
@@ -45,7 +43,7 @@ from cli import option, parse
 from compression import load_packed, save_packed
 from errors import UserError, run_main
 from evaluation import score
-from files import check_writable, write_between, write_bytes
+from files import check_writable, write_between
 from quantization import float_network, predictor
 from subject import Subject
 
@@ -62,6 +60,7 @@ OFFERED = {
 BITS = ("8/8", "6/8", "4/8", "3/8", "2/8", "8/4", "6/6", "4/4", "2/4", "2/2", "8/32", "4/32", "2/32")
 OURS = {"ours": "auto", "ours-plain": "plain"}  # the name in the table → --rounding of test.py
 FP32 = "FP32 network"
+QUANTIZED = "quantized"  # what the measured file holds; other words say what it holds instead
 UNKNOWN = "not recorded"  # machine and company of rows from a results file
 BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
 
@@ -86,6 +85,7 @@ COLUMNS = (
     "beside",
     "date",
     "dataset_crc32",
+    "stored",
 )
 # One measurement's name. The data set counts with its pictures: the same checkpoint on others is another measurement.
 SAME = ("tool", "bits", "checkpoint_hash", "dataset_crc32", "calibration_pictures", "test_pictures", "seed")
@@ -128,7 +128,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for path in (settings.output, settings.page):
         check_writable(path)
-    rows = read_rows(settings.output)
+    rows = results.read(settings.output, COLUMNS)
     material = load(settings)
     common = {
         "checkpoint_hash": material.subject.hash,
@@ -140,7 +140,7 @@ def main() -> None:
     }
     for tool, bits in points(settings):
         row = {**common, "tool": tool, "bits": bits}
-        if not settings.again and any(same(old, row) and not old["error"] for old in rows):
+        if not settings.again and results.has([old for old in rows if not old["error"]], row, SAME):
             continue
         print(f"{tool} {bits} ...", flush=True)
         if tool in (*OURS, FP32):
@@ -148,9 +148,7 @@ def main() -> None:
         else:
             measured = peer(settings, material, tool, bits)
         row |= measured | {"date": datetime.date.today().isoformat()}
-        rows = [old for old in read_rows(settings.output) if not same(old, row)]  # another run may have added some
-        rows.append({name: results.text(row.get(name)) for name in COLUMNS})
-        write_rows(settings.output, rows)
+        rows = results.append(settings.output, dict.fromkeys(COLUMNS) | row, COLUMNS, replaces=SAME)
         write_between(settings.page, BEGIN, END, page([r for r in rows if fits(r, common)]))
         print(measured.get("error") or f"  {measured['accuracy']:.2f} %, {measured['bytes']:,} bytes", flush=True)
     content = page([r for r in rows if fits(r, common)])
@@ -214,6 +212,7 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
         "quantize_seconds": seconds,
         "pictures_per_second": result.count / (time.process_time() - begun),
         "arithmetic": "float" if pair[1] == 32 else "integers in float32",
+        "stored": QUANTIZED,
     }
 
 
@@ -242,6 +241,7 @@ def from_grid(settings: Settings, common: Mapping[str, Any], tool: str, bits: st
                 "quantize_seconds": float(row["calib_seconds"]),
                 "pictures_per_second": float(row["images_per_second"]),
                 "arithmetic": "float" if not activation_bits else "integers in float32",
+                "stored": QUANTIZED,
                 "machine": UNKNOWN,
                 "beside": UNKNOWN,
                 "note": f'Rows with the settings "test.py ..." are those of {settings.grid.name}: times of the clock.',
@@ -338,31 +338,9 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- rows and page
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"--output {path} has other columns than this program's; give another file")
-        return list(reader)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, out.getvalue().encode())
-
-
-def same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
-    return all(old[name] == results.text(row[name]) for name in SAME)
-
-
 def fits(row: Mapping[str, str], common: Mapping[str, Any]) -> bool:
     """Whether a row belongs to the present checkpoint and pictures: only such rows stand in one table."""
-    return all(row[name] == results.text(common[name]) for name in SAME if name in common)
+    return results.same(row, common, [name for name in SAME if name in common])
 
 
 def machine() -> str:
@@ -418,9 +396,10 @@ def table_line(row: Mapping[str, str], fp32: float) -> str:
     start = f"| {row['bits']} | {row['tool']} "
     if row["error"]:
         return f"{start}| fails: {row['error'].replace('|', '/')} | | | | | | |"
-    accuracy = float(row["accuracy"])
+    accuracy, size = float(row["accuracy"]), f"{int(row['bytes']):,}"
+    size += f" ({row['stored']})" if row["stored"] != QUANTIZED else ""
     return (
-        f"{start}| {row['settings']} | {accuracy:.2f} | {fp32 - accuracy:.2f} | {int(row['bytes']):,} "
+        f"{start}| {row['settings']} | {accuracy:.2f} | {fp32 - accuracy:.2f} | {size} "
         f"| {float(row['quantize_seconds']):.0f} | {float(row['pictures_per_second']):.0f} | {row['arithmetic']} |"
     )
 
@@ -433,7 +412,7 @@ def verdict(rows: Sequence[Mapping[str, str]], bits: str) -> str | None:
     if not mine or not others:
         return None
     best = max(others, key=lambda r: float(r["accuracy"]))
-    smallest = min(others, key=lambda r: int(r["bytes"]))
+    smallest = min(others, key=lambda r: (r["stored"] != QUANTIZED, int(r["bytes"])))
     ahead = float(mine[0]["accuracy"]) - float(best["accuracy"])
     return (
         f"| {bits} | {float(mine[0]['accuracy']):.2f} | {float(best['accuracy']):.2f} ({best['tool']}) | {ahead:+.2f} "

@@ -1,6 +1,7 @@
 """A small local server that the real, unmodified W&B client talks to: sweeps, runs, files, artifacts, pages.
 
-`python -m sweepserver` starts it; `start()` here starts one as a process of its own, for tests and scripts. README.md beside this file says what it can do.
+`python -m sweepserver` starts it; `start()` here starts one as a process of its own, for tests and scripts. README.md
+beside this file says what it can do.
 """
 
 import contextlib

@@ -26,12 +26,12 @@ def frame():
 
 
 PEERS = [
-    dict(tool="quanto", bits="4/8", bytes="1500000", accuracy="86.5", error=""),
-    dict(tool="quanto", bits="2/8", bytes="1000000", accuracy="50", error=""),
-    dict(tool="quanto", bits="8/32", bytes="2300000", accuracy="89", error=""),
-    dict(tool="torchao", bits="4/8", bytes="", accuracy="", error="it fails"),
-    dict(tool="aimet", bits="4/8", bytes="9000000", accuracy="88", error="", note="the size of its FP32 export"),
-    dict(tool="ours", bits="4/8", bytes="1250000", accuracy="88", error=""),
+    dict(tool="quanto", bits="4/8", bytes="1500000", accuracy="86.5", error="", stored="quantized"),
+    dict(tool="quanto", bits="2/8", bytes="1000000", accuracy="50", error="", stored="quantized"),
+    dict(tool="quanto", bits="8/32", bytes="2300000", accuracy="89", error="", stored="quantized"),
+    dict(tool="torchao", bits="4/8", bytes="", accuracy="", error="it fails", stored=""),
+    dict(tool="aimet", bits="4/8", bytes="9000000", accuracy="88", error="", stored="FP32 export"),
+    dict(tool="ours", bits="4/8", bytes="1250000", accuracy="88", error="", stored="quantized"),
 ]
 
 

@@ -31,6 +31,7 @@ def row(peers, tool: str, bits: str, accuracy: float, size: int, **others: str) 
         "quantize_seconds": "1",
         "pictures_per_second": "2",
         "test_pictures": "10000",
+        "stored": "quantized",
         **others,
     }
 
@@ -41,6 +42,7 @@ def test_verdict_takes_the_best_other_and_tells_where_we_are_behind(peers) -> No
         row(peers, "ours-plain", "4/8", 99.0, 1),
         row(peers, "quanto", "4/8", 91.5, 3000),
         row(peers, "aimet", "4/8", 91.0, 900),
+        row(peers, "nncf", "4/8", 90.9, 5, stored="FP32 export"),
         row(peers, "torchao", "4/8", 99.0, 1, error="it fell over"),
     ]
     assert peers.verdict(rows, "4/8") == "| 4/8 | 90.00 | 91.50 (quanto) | -1.50 | 1,000 | 900 (aimet) |"
@@ -58,6 +60,7 @@ def test_page_orders_rows_and_shows_failures(peers) -> None:
     assert [line.split(" | ")[1].strip() for line in lines] == [peers.FP32, "onnxruntime", "ours", "quanto"]
     assert "| 90.00 | 1.00 | 1,000 |" in lines[2]
     assert "fails: no / such thing" in lines[3]
+    assert "| 5 (FP32 export) |" in peers.table_line(row(peers, "aimet", "4/8", 91.0, 5, stored="FP32 export"), 91.0)
 
 
 def test_rows_of_another_machine_are_told(peers) -> None:
@@ -97,3 +100,11 @@ def test_a_worker_that_fails_is_one_line(peers, tmp_path: Path, monkeypatch: pyt
 def test_bits_run_in_order_and_only_where_offered(peers) -> None:
     settings = peers.Settings(tools=("nncf", "ours"), bits=("4/8", "8/8"))
     assert peers.points(settings) == [(peers.FP32, "32/32"), ("ours", "8/8"), ("nncf", "8/8"), ("ours", "4/8")]
+
+
+def test_the_committed_page_is_that_of_the_committed_rows(peers) -> None:
+    import results
+
+    rows = results.read(peers.Settings().output, peers.COLUMNS)
+    newest = [r for r in rows if r["checkpoint_hash"] == rows[-1]["checkpoint_hash"]]
+    assert peers.page(newest) in peers.Settings().page.read_text()
