@@ -57,3 +57,10 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
         ) from None
+
+
+def device_name(device: torch.device) -> str:
+    """For tables of measurements: the GPU's name, or the CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

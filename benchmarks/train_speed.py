@@ -38,7 +38,7 @@ from calibration import method_plan, quantize_network
 from cli import option, parse
 from data import Normalization, Split
 from errors import run_main
-from evaluation import choose_device
+from evaluation import choose_device, device_name
 from learned import LearnedNetwork
 from models import Architecture, MobileNetV2
 from network import fold_batch_norm, to_device
@@ -209,9 +209,7 @@ def main() -> int:
     for _ in range(settings.rounds):
         for name, steps in kinds.items():
             speeds[name].append(steps())
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    )
+    name = device_name(device)
     print(f"MobileNetV2 x{settings.width_mult:g}, batch {settings.batch_size}, {name}, torch {torch.__version__}")
     plain = statistics.median(speeds["plain"])
     print(f"{'':10}{'images/s':>10}{'lowest':>10}{'highest':>10}{'to plain':>10}")

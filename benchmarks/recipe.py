@@ -1,0 +1,138 @@
+"""What each part of train.py's recipe is worth: the default run, and runs that differ from it in one thing.
+
+A change is a flag of train.py without its dashes, or several with a plus between ("lr 0.2", "cutout 8 + dropout 0.1");
+`default` changes nothing. What follows `--` is flags of train.py for all runs. Every run is evaluated at its end alone,
+so that none is helped by choosing an epoch; validation pictures tell the changes apart, test pictures only report. A
+run is kept as a row as soon as it ends, one that was cut goes on where it was, and rows that are there are not trained
+again.
+
+python benchmarks/recipe.py --seeds 0,1,2 -- --data-dir D --device cuda --compile        300 epochs each: on a GPU
+python benchmarks/recipe.py --changes default,"lr 0.2" -- --data-dir D --width-mult 0.35 --epochs 10 --bf16     a CPU
+"""
+
+import dataclasses
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tables import spread
+
+import results
+import train
+from allocator import keep_freed_memory
+from cli import option, parse, to_argv
+from errors import UserError, run_main
+from evaluation import choose_device, device_name
+from files import check_writable, write_between
+from interrupts import Interrupted
+
+HERE = Path(__file__).resolve().parent
+DEFAULT = "default"
+CHANGES = (
+    *(DEFAULT, "lr 0.05", "lr 0.2", "batch-size 64", "warmup-epochs 0", "scheduler constant", "weight-decay 0.0001"),
+    *("label-smoothing 0", "no-flip", "pad 0", "cutout 8", "dropout 0.2", "ema-decay 0.999"),
+)
+KEY = ("flags", "change", "seed")
+COLUMNS = (*KEY, "val_acc", "test_acc", "minutes", "device", "val_crc32")
+BEGIN, END = "<!-- recipe: written by benchmarks/recipe.py -->", "<!-- end of recipe -->"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of recipe.py, up to `--`."""
+
+    changes: tuple[str, ...] = option(CHANGES, "what is changed, one run (and seed) each")
+    seeds: tuple[int, ...] = option((0,), "of weights, split, order and augmentation", low=0)
+    runs: Path = option(Path("runs/recipe"), "folder of the runs' checkpoints, logs and states")
+    output: Path = option(HERE / "recipe.csv", "one row for each run")
+    page: Path = option(HERE.parent / "README.md", "the table is written there, between its markers")
+
+
+def main() -> int:
+    own, common = split_at_dashes(sys.argv[1:])
+    settings = parse(Settings, __doc__, own)
+    keep_freed_memory()
+    for path in (settings.output, settings.page):
+        check_writable(path)
+    runs = [(change, seed, run_settings(settings, common, change, seed)) for change, seed in order(settings)]
+    flags = shown_flags(parse(train.Settings, "", common))
+    rows = results.read(settings.output, COLUMNS)
+    try:
+        for change, seed, run in runs:
+            point = {"flags": flags, "change": change, "seed": seed}
+            if not results.has(rows, point, KEY):
+                print(f"{change}, seed {seed}: {train.command(run)}", flush=True)
+                rows = results.append(settings.output, point | measured(run), COLUMNS)
+    except Interrupted as stop:
+        print("interrupted; the same command goes on")
+        return 128 + stop.number
+    content = page([row for row in rows if row["flags"] == flags])
+    write_between(settings.page, BEGIN, END, content)
+    print(content)
+    return 0
+
+
+def split_at_dashes(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """(flags of this program, flags of train.py)."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
+def order(settings: Settings) -> list[tuple[str, int]]:
+    """Every change at the first seed, then at the next one: what is cut short is a table of fewer seeds."""
+    return [(change, seed) for seed in settings.seeds for change in settings.changes]
+
+
+def run_settings(settings: Settings, common: Sequence[str], change: str, seed: int) -> train.Settings:
+    """train.py's settings of one run; UserError for a change that is no flags of train.py."""
+    parts = [] if change == DEFAULT else change.split("+")
+    extra = [word for part in parts for word in f"--{part.strip()}".split()]
+    try:
+        run = parse(train.Settings, "", [*common, *extra])
+    except UserError as error:
+        raise UserError(f"--changes {change!r} or what follows --: {error}") from None
+    if not run.val_size:
+        raise UserError("--val-size 0 leaves no pictures to tell the changes apart with; leave it out")
+    name = settings.runs / f"{change.replace(' ', '_')}_seed{seed}.safetensors"
+    files = dict(save_path=name, log_file=name.with_suffix(".log"), resume=True)
+    return dataclasses.replace(run, seed=seed, eval_every=run.epochs, **files)
+
+
+def shown_flags(common: train.Settings) -> str:
+    """The flags of all runs that decide their results, as text: by it a row is found again."""
+    defaults = {name: getattr(train.Settings(), name) for name in (*train.FREE, "seed")}
+    return shlex.join(to_argv(dataclasses.replace(common, **defaults)))
+
+
+def measured(run: train.Settings) -> dict[str, object]:
+    """Trains, or goes on with, one run: the cells of its row."""
+    torch._dynamo.reset()  # compiled code of the run before, which counts against torch's limit
+    metrics = train.train(run).metrics
+    shown = {name: metrics[name] for name in ("val_acc", "test_acc", "minutes", "val_crc32")}
+    return shown | {"device": device_name(choose_device(run.device))}
+
+
+def page(rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown: accuracies of each change, best on validation first, and how far it is from the default run of the same
+    seeds; mean ± standard deviation where there are several."""
+    default = {row["seed"]: float(row["val_acc"]) for row in rows if row["change"] == DEFAULT}
+    cells = []
+    for change in dict.fromkeys(row["change"] for row in rows):
+        mine = [row for row in rows if row["change"] == change]
+        val, test = ([float(row[name]) for row in mine] for name in ("val_acc", "test_acc"))
+        gains = [float(row["val_acc"]) - default[row["seed"]] for row in mine if row["seed"] in default]
+        gain = f"{statistics.mean(gains):+.2f}" if gains and change != DEFAULT else ""
+        cells.append((statistics.mean(val), f"| {change} | {spread(val)} | {gain} | {spread(test)} | {len(mine)} |"))
+    lines = [f"`train.py {rows[0]['flags']}`:", "", "| changed | validation, % | to default | test, % | seeds |"]
+    lines += ["|---|---:|---:|---:|---:|", *(line for _, line in sorted(cells, key=lambda cell: -cell[0]))]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_main(main)
