@@ -6,15 +6,11 @@
 2. Allocation: one width a layer, least sum of harms, bytes under the budget. This is the multiple-choice knapsack
    problem (Kellerer, Pferschy & Pisinger 2004, chapter 11), solved exactly by dynamic programming with bounds.
 3. What harms add up to is only a forecast: sizes and drops that are promised are those of the whole network, quantized.
-
-The allocation is kept in a small YAML file that can be read, edited and used again (`write_bits`, `read_bits`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +21,16 @@ import entropy as entropy_coder
 import rounding
 from calibration import Plan, observe, plain_layer, prepared, round_layer, run_observed
 from errors import UserError
-from files import write_bytes
 from network import (
     INPUT,
     Network,
     Op,
     apply_float,
-    fused_operations,
     resume,
     run_float,
     stored_values,
     value_sizes,
     walk,
-    weighted,
 )
 from quantization import (
     CACHE_PICTURES,
@@ -126,6 +119,13 @@ def value_sensitivities(
         name: {bits: Trial(harm, compression.packed_bytes(elements[name], bits)) for bits, harm in row.items()}
         for name, row in harms.items()
     }
+
+
+def with_value_bits(network: Network, images: Tensor, plan: Plan, mean: float) -> Plan:
+    """The plan with the bits of every stored value that do the least harm at `mean` bits an element at most."""
+    table = value_sensitivities(network, images, plan)
+    elements = value_sizes(network.ops, network.weights, images.shape[-1])
+    return replace(plan, value_bits=allocate(table, mean * sum(elements[name] for name in table) / 8))
 
 
 def layer_moments(network: Network, images: Tensor) -> dict[str, rounding.Moments]:
@@ -275,7 +275,7 @@ def rounded_relaxation(rows: Sequence[Options], budget: float) -> float:
     return harm
 
 
-# --------------------------------------------------------------------------------------------------- promises and kept
+# --------------------------------------------------------------------------------------------------- promises are kept
 
 
 Build = Callable[[dict[str, int]], QuantizedNetwork]
@@ -359,58 +359,3 @@ def total_bytes(table: Table, bits: Mapping[str, int]) -> int:
 def mean_bits(bits: Mapping[str, int], elements: Mapping[str, int]) -> float:
     """Bits an element, over the rows of `bits`."""
     return sum(elements[name] * b for name, b in bits.items()) / sum(elements[name] for name in bits)
-
-
-# ------------------------------------------------------------------------------------------------------- the YAML file
-
-
-PARTS = {"layers": (1, 8, "--weight-bits"), "values": (2, 8, "--act-bits")}  # the least and the most bits
-
-
-def write_bits(path: Path, layers: Mapping[str, int], values: Mapping[str, int], notes: Sequence[str] = ()) -> None:
-    """A YAML file with the bits of layers and values, whichever there are; notes stand in front as comments."""
-    lines = [f"# {note}" for note in notes]
-    for title, bits in (("layers", layers), ("values", values)):
-        if bits:
-            lines += [f"{title}:", *(f"  {name}: {b}" for name, b in bits.items())]
-    write_bytes(path, ("\n".join(lines) + "\n").encode())
-
-
-def read_bits(path: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """(bits of layers, bits of values) from a file as `write_bits` makes it; one of them may be missing.
-    UserError, one line, where the file is missing or is no such file."""
-    import yaml
-
-    try:
-        document = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--bits-file {path} cannot be read ({error}); make one with --target-size-mb") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--bits-file {path} is not YAML ({error}); expected layers: and values:") from None
-    if not isinstance(document, dict) or set(document) - set(PARTS) or not any(document.values()):
-        raise UserError(f"--bits-file {path}: expected the parts layers: and values:, one or both")
-    layers, values = (checked_bits(path, part, document.get(part) or {}) for part in PARTS)
-    return layers, values
-
-
-def checked_bits(path: Path, part: str, bits: Any) -> dict[str, int]:
-    if not isinstance(bits, dict):
-        raise UserError(f"--bits-file {path}: {part} must hold lines 'name: bits'")
-    low, high, _ = PARTS[part]
-    for name, b in bits.items():
-        if type(b) is not int or not low <= b <= high:
-            raise UserError(f"--bits-file {path}: {name} has {b!r} bits; expected a whole number from {low} to {high}")
-    return dict(bits)
-
-
-def check_names(
-    path: Path, layers: Mapping[str, int], values: Mapping[str, int], ops: Sequence[Op], uniform: Sequence[bool]
-) -> None:
-    """UserError where the bits of a file name what the network has not, or leave out what nothing else says: only where
-    `uniform` (of weights, of activations) bits are given too may names be missing."""
-    known = [[op.name for op in some] for some in (weighted(ops), fused_operations(ops)[:-1])]
-    for (part, (*_, flag)), bits, names, others in zip(PARTS.items(), (layers, values), known, uniform, strict=True):
-        if unknown := [name for name in bits if name not in names]:
-            raise UserError(f"--bits-file {path}: {part} has {unknown[0]!r}, the network has not; one is {names[0]}")
-        if bits and not others and (missing := [name for name in names if name not in bits]):
-            raise UserError(f"--bits-file {path}: {part} lacks {missing[0]}; name it, or give {flag} for the others")

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import allocation
+import bitsfile
 import checkpoint as checkpoints
 import data
 import results
@@ -302,7 +303,7 @@ def exceptions(
             raise UserError(f"{name} is what the target of mixed precision chooses; leave out {name}")
     if any(settings.searched):
         return {}, {}
-    layers, values = allocation.read_bits(settings.bits_file)
+    layers, values = bitsfile.read(settings.bits_file)
     if settings.symmetric and 1 in layers.values():
         raise UserError(f"--bits-file {settings.bits_file} has 1-bit layers; 1 bit has no middle code for --symmetric")
     return layers, values
@@ -337,7 +338,7 @@ def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> O
     if settings.mixed and not any(settings.searched):
         uniform = [bits not in ((), (32,)) for bits in (settings.weight_quant_bits, settings.activation_quant_bits)]
         parts = point.plan.layer_bits, point.plan.value_bits
-        allocation.check_names(settings.bits_file, *parts, subject.network.ops, uniform)
+        bitsfile.check_names(settings.bits_file, *parts, subject.network.ops, uniform)
     begun = time.perf_counter()
     if any(settings.searched):
         point, quantized = search(settings, subject, fp32, point)
@@ -376,11 +377,9 @@ def search(settings: Settings, subject: Subject, fp32: Score, point: Point) -> t
     network, images, plan = subject.network, calibration(settings, subject), point.plan
     notes = [f"Bits of each layer and value, by test.py; method {point.method}, checkpoint {subject.hash}."]
     if settings.target_activation_bits:
-        table = allocation.value_sensitivities(network, images, plan)
-        elements = value_sizes(network.ops, network.weights)
-        budget = settings.target_activation_bits * sum(elements[name] for name in table) / 8
-        plan = dataclasses.replace(plan, value_bits=allocation.allocate(table, budget))
-        notes.append(f"Values: {allocation.mean_bits(plan.value_bits, elements):.2f} bits an element.")
+        plan = allocation.with_value_bits(network, images, plan, settings.target_activation_bits)
+        mean = allocation.mean_bits(plan.value_bits, value_sizes(network.ops, network.weights))
+        notes.append(f"Values: {mean:.2f} bits an element.")
 
     def build(bits: dict[str, int]) -> QuantizedNetwork:
         with layer_bar(network) as on_layer:
@@ -394,30 +393,40 @@ def search(settings: Settings, subject: Subject, fp32: Score, point: Point) -> t
     if settings.searched[0]:
         with layer_bar(network) as on_layer:
             table = allocation.sensitivities(network, images, plan, entropy=settings.entropy, on_layer=on_layer)
-        if settings.target_size_mb:
-            bits, quantized = allocation.fit_size(network, table, int(settings.target_size_mb * 1e6), build, size)
-        else:
-            device = choose_device(settings.device)
-
-            def accuracy(quantized: QuantizedNetwork) -> float:
-                return score(predictor(quantized, device), subject.validation, settings.batch_size, device).accuracy
-
-            highest = accuracy(float_network(network))
-
-            def drop(quantized: QuantizedNetwork) -> float:
-                lost = highest - accuracy(quantized)
-                tqdm.write(f"{size(quantized) / 1e6:.3f} MB: drop {lost:.2f} on validation", file=sys.stderr)
-                return lost
-
-            bits, quantized, lost = allocation.smallest_within(table, settings.max_drop, build, drop)
-            notes.append(f"Drop {lost:.2f} points on {len(subject.validation)} validation pictures.")
+        bits, quantized, found = search_layers(settings, subject, table, build, size)
         plan = dataclasses.replace(plan, layer_bits=bits)
-        notes.append(f"Packed file: {size(quantized)} bytes.")
+        notes += [*found, f"Packed file: {size(quantized)} bytes."]
     else:
         quantized = build({})
     if settings.bits_file:
-        allocation.write_bits(settings.bits_file, plan.layer_bits, plan.value_bits, notes)
+        bitsfile.write(settings.bits_file, plan.layer_bits, plan.value_bits, notes)
     return dataclasses.replace(point, plan=plan), quantized
+
+
+def search_layers(
+    settings: Settings,
+    subject: Subject,
+    table: allocation.Table,
+    build: allocation.Build,
+    size: Callable[[QuantizedNetwork], int],
+) -> tuple[dict[str, int], QuantizedNetwork, list[str]]:
+    """(bits of every layer, the network with them, notes), by --target-size-mb or --max-drop."""
+    if settings.target_size_mb:
+        return *allocation.fit_size(subject.network, table, int(settings.target_size_mb * 1e6), build, size), []
+    device = choose_device(settings.device)
+
+    def accuracy(quantized: QuantizedNetwork) -> float:
+        return score(predictor(quantized, device), subject.validation, settings.batch_size, device).accuracy
+
+    highest = accuracy(float_network(subject.network))
+
+    def drop(quantized: QuantizedNetwork) -> float:
+        lost = highest - accuracy(quantized)
+        tqdm.write(f"{size(quantized) / 1e6:.3f} MB: drop {lost:.2f} on validation", file=sys.stderr)
+        return lost
+
+    bits, quantized, lost = allocation.smallest_within(table, settings.max_drop, build, drop)
+    return bits, quantized, [f"Drop {lost:.2f} points on {len(subject.validation)} validation pictures."]
 
 
 def with_mean_bits(point: Point, quantized: QuantizedNetwork) -> Point:

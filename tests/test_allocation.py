@@ -6,11 +6,10 @@ import random
 
 import pytest
 import torch
-import yaml
 from networks import fake_forward, random_model
 
 import allocation
-from allocation import Trial, allocate, fit_size, read_bits, sensitivities, smallest_within, value_sensitivities
+from allocation import Trial, allocate, fit_size, sensitivities, smallest_within, value_sensitivities
 from calibration import Plan, method_plan, quantize_network
 from compression import save_packed
 from data import Normalization
@@ -180,52 +179,6 @@ def test_the_smallest_network_within_a_drop():
     assert len(built) < 15
     with pytest.raises(UserError, match="--max-drop"):
         smallest_within(table, 1e-9, build, drop)
-
-
-def test_a_bits_file_comes_back(case, tmp_path):
-    network, _ = case
-    path = tmp_path / "b.yaml"
-    layers = {op.name: 2 + i % 7 for i, op in enumerate(network.weighted)}
-    allocation.write_bits(path, layers, {"pool": 8}, ["made by a test", "KL: by layer"])
-    assert path.read_text().startswith("# made by a test\n")
-    assert yaml.safe_load(path.read_text()) == {"layers": layers, "values": {"pool": 8}}
-    assert read_bits(path) == (layers, {"pool": 8})
-
-
-@pytest.mark.parametrize(
-    "text,words",
-    [
-        (None, "cannot be read"),
-        ("layers: [", "not YAML"),
-        ("", "layers:"),
-        ("- 1", "layers:"),
-        ("layer: {pool: 2}", "layers:"),
-        ("layers: [4]", "name: bits"),
-        ("layers: {features.99: 4}", "features.99"),
-        ("layers: {pool: 4}", "pool"),
-        ("layers: {classifier.1: 9}", "9 bits"),
-        ("layers: {classifier.1: four}", "'four' bits"),
-        ("layers: {classifier.1: true}", "True bits"),
-        ("layers: {classifier.1: 4}", "lacks features.0.0"),
-        ("values: {features.0.0: 1}", "1 bits"),
-        ("values: {classifier.1: 4}", "classifier.1"),
-        ("values: {features.0.0: 4}", "--act-bits"),
-    ],
-)
-def test_a_bad_bits_file_is_one_clear_error(case, tmp_path, text, words):
-    path = tmp_path / "b.yaml"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError, match="--bits-file") as error:
-        allocation.check_names(path, *read_bits(path), case[0].ops, (False, False))
-    assert words in str(error.value)
-
-
-def test_a_bits_file_may_name_some_layers_where_the_others_have_bits(case, tmp_path):
-    (tmp_path / "b.yaml").write_text("layers: {classifier.1: 4}")
-    layers, values = read_bits(tmp_path / "b.yaml")
-    allocation.check_names(tmp_path / "b.yaml", layers, values, case[0].ops, (True, False))
-    assert (layers, values) == ({"classifier.1": 4}, {})
 
 
 def test_one_picture_cannot_both_round_and_measure(case):

@@ -1,0 +1,66 @@
+"""The bits of each layer, or of each value, in a small YAML file that can be read, edited and used again.
+
+    layers:
+      features.0.0: 8        # a convolution or the classifier, by its name in the network
+    values:
+      features.0.0: 4        # the result of an operation, by the same name
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from files import write_bytes
+from network import Op, fused_operations, weighted
+
+PARTS = {"layers": (1, 8, "--weight-bits"), "values": (2, 8, "--act-bits")}  # the least and the most bits
+
+
+def write(path: Path, layers: Mapping[str, int], values: Mapping[str, int], notes: Sequence[str] = ()) -> None:
+    """A YAML file with the bits of layers and values, whichever there are; notes stand in front as comments."""
+    lines = [f"# {note}" for note in notes]
+    for title, bits in (("layers", layers), ("values", values)):
+        if bits:
+            lines += [f"{title}:", *(f"  {name}: {b}" for name, b in bits.items())]
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
+
+
+def read(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """(bits of layers, bits of values) from a file as `write` makes it; one of them may be missing.
+    UserError, one line, where the file is missing or is no such file."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--bits-file {path} cannot be read ({error}); make one with --target-size-mb") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--bits-file {path} is not YAML ({error}); expected layers: and values:") from None
+    if not isinstance(document, dict) or set(document) - set(PARTS) or not any(document.values()):
+        raise UserError(f"--bits-file {path}: expected the parts layers: and values:, one or both")
+    layers, values = (checked_bits(path, part, document.get(part) or {}) for part in PARTS)
+    return layers, values
+
+
+def checked_bits(path: Path, part: str, bits: Any) -> dict[str, int]:
+    if not isinstance(bits, dict):
+        raise UserError(f"--bits-file {path}: {part} must hold lines 'name: bits'")
+    low, high, _ = PARTS[part]
+    for name, b in bits.items():
+        if type(b) is not int or not low <= b <= high:
+            raise UserError(f"--bits-file {path}: {name} has {b!r} bits; expected a whole number from {low} to {high}")
+    return dict(bits)
+
+
+def check_names(
+    path: Path, layers: Mapping[str, int], values: Mapping[str, int], ops: Sequence[Op], uniform: Sequence[bool]
+) -> None:
+    """UserError where the bits of a file name what the network has not, or leave out what nothing else says: only where
+    `uniform` (of weights, of activations) bits are given too may names be missing."""
+    known = [[op.name for op in some] for some in (weighted(ops), fused_operations(ops)[:-1])]
+    for (part, (*_, flag)), bits, names, others in zip(PARTS.items(), (layers, values), known, uniform, strict=True):
+        if unknown := [name for name in bits if name not in names]:
+            raise UserError(f"--bits-file {path}: {part} has {unknown[0]!r}, the network has not; one is {names[0]}")
+        if bits and not others and (missing := [name for name in names if name not in bits]):
+            raise UserError(f"--bits-file {path}: {part} lacks {missing[0]}; name it, or give {flag} for the others")
