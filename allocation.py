@@ -1,7 +1,7 @@
 """Mixed precision: how many bits each layer, or each value, gets, so that the harm is least under a budget of bytes.
 
 1. Sensitivity: each layer is quantized alone, at every width, by the plan's own method; its harm is the divergence
-   KL(FP32 || quantized) of the network's outputs, over pictures that its rounding did not see (HAWQ-V2, Dong et al.
+   KL(FP32 || quantized) of the network's outputs, over images that its rounding did not see (HAWQ-V2, Dong et al.
    2020, uses the Hessian's trace in its place; a direct measurement costs a run from that layer to the end, no more).
 2. Allocation: one width a layer, least sum of harms, bytes under the budget. This is the multiple-choice knapsack
    problem (Kellerer, Pferschy & Pisinger 2004, chapter 11), solved exactly by dynamic programming with bounds.
@@ -33,7 +33,7 @@ from network import (
     walk,
 )
 from quantization import (
-    CACHE_PICTURES,
+    CACHE_IMAGES,
     Layer,
     QuantizedNetwork,
     activation_grid,
@@ -43,7 +43,7 @@ from quantization import (
 )
 
 CHOICES = (1, 2, 3, 4, 5, 6, 8)
-MEASURED = 128  # pictures that harms are measured on
+MEASURED = 128  # images that harms are measured on
 Variant = Callable[[Sequence[Tensor]], Tensor]  # inputs of an operation → its result, a little wrong
 
 
@@ -71,11 +71,11 @@ def sensitivities(
     entropy: bool = False,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[int, Trial]]:
-    """Every layer at every width, alone, by the plan's method. images: uint8 [N, 3, H, W], training pictures: the last
+    """Every layer at every width, alone, by the plan's method. images: uint8 [N, 3, H, W], training images: the last
     few (MEASURED, a quarter at most) measure the harm, the others round. entropy: bytes are counted after coding.
-    on_layer(name) tells progress. UserError for a single picture: one rounds, another measures."""
+    on_layer(name) tells progress. UserError for a single image: one rounds, another measures."""
     if len(images) < 2:
-        raise UserError("mixed precision needs two calibration pictures at least; give more with --calib-batches")
+        raise UserError("mixed precision needs two calibration images at least; give more with --calib-batches")
     choices = [bits for bits in choices if bits > 1 or not plan.symmetric]  # one bit has no middle code
     network, plan = prepared(network, images, plan)
     held_out = min(MEASURED, max(1, len(images) // 4))
@@ -103,7 +103,7 @@ def sensitivities(
 def value_sensitivities(
     network: Network, images: Tensor, plan: Plan, choices: Sequence[int] = CHOICES[1:]
 ) -> dict[str, dict[int, Trial]]:
-    """Every stored value but the picture and the logits, alone, on the plan's kind of grid; bytes: of one picture."""
+    """Every stored value but the image and the logits, alone, on the plan's kind of grid; bytes: of one image."""
     network, plan = prepared(network, images, plan)
     seen, stored = observe(network, images), stored_values(network.ops)
     elements = value_sizes(network.ops, network.weights, images.shape[-1])
@@ -129,7 +129,7 @@ def with_value_bits(network: Network, images: Tensor, plan: Plan, mean: float) -
 
 
 def layer_moments(network: Network, images: Tensor) -> dict[str, rounding.Moments]:
-    """The least squares of every layer on FP32 inputs, by one run over the pictures: they serve all widths."""
+    """The least squares of every layer on FP32 inputs, by one run over the images: they serve all widths."""
     sums: dict[str, rounding.Moments] = {}
 
     def do(op: Op, inputs: list[Tensor]) -> Tensor:
@@ -139,8 +139,8 @@ def layer_moments(network: Network, images: Tensor) -> dict[str, rounding.Moment
         sums[op.name] = sums[op.name] + part if op.name in sums else part
         return y
 
-    for start in range(0, len(images), CACHE_PICTURES):
-        walk(network.ops, network.normalization(images[start : start + CACHE_PICTURES]), do)
+    for start in range(0, len(images), CACHE_IMAGES):
+        walk(network.ops, network.normalization(images[start : start + CACHE_IMAGES]), do)
     return sums
 
 
@@ -166,8 +166,8 @@ def output_harms(
     def do(op: Op, inputs: list[Tensor]) -> Tensor:
         return run_float(network, op, inputs)
 
-    for start in range(0, len(images), CACHE_PICTURES):
-        values = {INPUT: network.normalization(images[start : start + CACHE_PICTURES])}
+    for start in range(0, len(images), CACHE_IMAGES):
+        values = {INPUT: network.normalization(images[start : start + CACHE_IMAGES])}
         exact = walk(network.ops, values[INPUT], do).double().log_softmax(1)
         for i, op in enumerate(network.ops):
             inputs, rest = [values[name] for name in op.inputs], network.ops[i + 1 :]
@@ -338,7 +338,7 @@ def smallest_within(
         if (lost := drop(network)) > most_drop:
             raise UserError(
                 f"--max-drop {most_drop:g} is out of reach: with the most bits the drop is {lost:.2f} on the "
-                "validation pictures"
+                "validation images"
             )
         best = bits, network, lost
     return best

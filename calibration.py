@@ -1,6 +1,6 @@
 """Post-training quantization of a whole network: observe activations, choose grids, round the layers in order.
 
-`quantize_network` takes FP32 `Network`, training pictures and a `Plan`, and returns a `QuantizedNetwork`. The plain
+`quantize_network` takes FP32 `Network`, training images and a `Plan`, and returns a `QuantizedNetwork`. The plain
 method (min-max weights rounded to nearest) needs one look at the activations. The others walk the network once with two
 streams, FP32 values and quantized values, so that each layer is rounded for the inputs that it will really see.
 """
@@ -16,7 +16,7 @@ import equalization
 import rounding
 from network import Network, Op, apply_float, relu6, run_float, stored_values, walk
 from quantization import (
-    CACHE_PICTURES,
+    CACHE_IMAGES,
     Grid,
     Layer,
     Observation,
@@ -83,7 +83,7 @@ def method_plan(
     """(plan, name of the method).
 
     plain: what a first textbook would do: min-max weights rounded to nearest, min-max activations, nothing corrected.
-    auto: what won on validation pictures of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent with
+    auto: what won on validation images of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent with
     corrected biases; 8 bits at both ends where the rest has 3 or fewer; equalization where activations have 4 or
     fewer; scales and biases tuned where both have 2. reconstruct: the same, then gradients.
     """
@@ -117,18 +117,18 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
         low, high = (float(v) for v in flat.aminmax())
         high = min(high, 6.0) if op.relu6 else high
         lows[op.name], highs[op.name] = min(low, lows.get(op.name, low)), max(high, highs.get(op.name, high))
-        share = max(1, sample * len(y) // len(images))  # every picture counts alike, also those of a short last chunk
+        share = max(1, sample * len(y) // len(images))  # every image counts alike, also those of a short last chunk
         picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
         kept.setdefault(op.name, []).append(flat[picks])
         return y
 
-    for start in range(0, len(images), CACHE_PICTURES):
-        walk(network.ops, network.normalization(images[start : start + CACHE_PICTURES]), do)
+    for start in range(0, len(images), CACHE_IMAGES):
+        walk(network.ops, network.normalization(images[start : start + CACHE_IMAGES]), do)
     return {name: Observation(lows[name], highs[name], torch.cat(kept[name])) for name in lows}
 
 
 def activation_grids(network: Network, seen: Mapping[str, Observation], plan: Plan) -> dict[str, Grid]:
-    """One grid for every stored value but the picture (8-bit pixels) and the logits; empty where they stay FP32."""
+    """One grid for every stored value but the image (8-bit pixels) and the logits; empty where they stay FP32."""
     grids = {}
     for op in network.ops:
         bits = plan.bits_of_value(op, network.ops)
@@ -152,7 +152,7 @@ def quantize_network(
     plan: Plan,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> QuantizedNetwork:
-    """The quantized network; `images`: uint8 [N, 3, H, W], training pictures. `on_layer(name)` tells progress."""
+    """The quantized network; `images`: uint8 [N, 3, H, W], training images. `on_layer(name)` tells progress."""
     network, plan = prepared(network, images, plan)
     if plan.rounding == "reconstruct":
         start = quantize_network(network, images, replace(plan, rounding="cd", tune=False))
@@ -177,7 +177,7 @@ def prepared(network: Network, images: Tensor, plan: Plan) -> tuple[Network, Pla
 
 
 @torch.inference_mode()
-def equalized(network: Network, images: Tensor, plan: Plan, pictures: int = 256, sample: int = 2048) -> Network:
+def equalized(network: Network, images: Tensor, plan: Plan, most: int = 256, sample: int = 2048) -> Network:
     """The same function with channels of about equal range; `sample` numbers of each channel decide."""
     generator = torch.Generator().manual_seed(0)
     samples: dict[str, Tensor] = {}
@@ -190,7 +190,7 @@ def equalized(network: Network, images: Tensor, plan: Plan, pictures: int = 256,
             samples[op.name] = channels[picks].T.contiguous()
         return y
 
-    walk(network.ops, network.normalization(images[:pictures]), do)
+    walk(network.ops, network.normalization(images[:most]), do)
     bits = {op.name: plan.bits_of_value(op, network.ops) for op in network.ops}
     bits = {name: count for name, count in bits.items() if count}
     weight_bits = {op.name: plan.bits_of_layer(op, network.ops) for op in network.weighted}
@@ -199,7 +199,7 @@ def equalized(network: Network, images: Tensor, plan: Plan, pictures: int = 256,
 
 @dataclass(frozen=True)
 class Streams:
-    """One value over all calibration pictures, in chunks: as the FP32 network has it, and as the quantized one has."""
+    """One value over all calibration images, in chunks: as the FP32 network has it, and as the quantized one has."""
 
     exact: list[Tensor]
     quantized: list[Tensor]
@@ -237,28 +237,28 @@ def round_layers(
             quantized.append(fake_quantize(y, grid) if grid else y)
         return Streams(results, quantized)
 
-    chunks = [network.normalization(images[i : i + CACHE_PICTURES]) for i in range(0, len(images), CACHE_PICTURES)]
+    chunks = [network.normalization(images[i : i + CACHE_IMAGES]) for i in range(0, len(images), CACHE_IMAGES)]
     walk(network.ops, Streams(chunks, chunks), do)
     return layers
 
 
 def run_observed(
-    network: Network, op: Op, exact: Sequence[Tensor], seen: Tensor, pictures: int
+    network: Network, op: Op, exact: Sequence[Tensor], seen: Tensor, count: int
 ) -> tuple[Tensor, rounding.Moments]:
     """A layer of the FP32 network on its inputs of one chunk: (result, the sums that say how to round it for the inputs
-    `seen`). pictures: how many there are in all chunks."""
+    `seen`). count: how many images there are in all chunks."""
     weight, bias = network.weights[op.name], network.biases[op.name]
     y = apply_float(replace(op, relu6=False), exact, weight, None)
-    take = share_of_pictures(op, y, pictures)
+    take = share_of_images(op, y, count)
     sums = rounding.moments(op, seen[:take], y[:take], tuple(weight.shape[2:]))
     y = y + bias.view(-1, *(1,) * (y.ndim - 2))
     return relu6(y, network.caps.get(op.name)) if op.relu6 else y, sums
 
 
-def share_of_pictures(op: Op, y: Tensor, pictures: int) -> int:
-    """How many pictures of a chunk's result y to use; depthwise layers (k = 9) need the fewest places."""
+def share_of_images(op: Op, y: Tensor, count: int) -> int:
+    """How many images of a chunk's result y to use; depthwise layers (k = 9) need the fewest places."""
     places = y[0, 0].numel() if y.ndim == 4 else 1
-    enough = (POSITIONS // 4 if op.depthwise else POSITIONS) / (places * pictures)
+    enough = (POSITIONS // 4 if op.depthwise else POSITIONS) / (places * count)
     return max(1, min(len(y), math.ceil(len(y) * enough)))
 
 

@@ -128,10 +128,10 @@ class SizeReport:
     grid_bytes: activation grids. table_bytes: the entropy coder's tables and end states, shared by all layers.
     header_bytes: names, manifest, alignment. fp32_bytes: see `fp32_state_bytes`.
 
-    activation_bytes, peak_activation_bytes and their fp32_ kin: all stored values of one 32x32 picture summed, and the
+    activation_bytes, peak_activation_bytes and their fp32_ kin: all stored values of one 32x32 image summed, and the
     most alive at once (operation by operation as `fused_operations` has them, in order, nothing recomputed). A value
     takes its grid's bits an element, rounded up to whole bytes; without a grid (the logits, as a rule) 4 bytes an
-    element. The picture is 8-bit pixels where activations are quantized, and float32 where they are not.
+    element. The image is 8-bit pixels where activations are quantized, and float32 where they are not.
     """
 
     rows: tuple[LayerSize, ...]
@@ -171,7 +171,7 @@ class SizeReport:
 
     @property
     def compression_ratio_activations(self) -> float:
-        """All values of one picture: FP32 bytes over quantized bytes."""
+        """All values of one image: FP32 bytes over quantized bytes."""
         return self.fp32_activation_bytes / self.activation_bytes
 
     @property
@@ -188,7 +188,7 @@ def fp32_state_bytes(state: Mapping[str, Tensor]) -> int:
 
 
 def activation_sizes(network: QuantizedNetwork) -> tuple[int, int, int, int]:
-    """(total, FP32 total, peak, FP32 peak) bytes of the values of one picture; counted as SizeReport says."""
+    """(total, FP32 total, peak, FP32 peak) bytes of the values of one image; counted as SizeReport says."""
     ops = fused_operations(network.ops)
     elements = value_sizes(network.ops, {name: layer.codes for name, layer in network.layers.items()})
     elements = {name: elements[name] for name in (INPUT, *(op.name for op in ops))}

@@ -1,11 +1,11 @@
-"""Pictures as whole uint8 tensors: loading, caching, splitting, augmenting, normalising.
+"""Images as whole uint8 tensors: loading, caching, splitting, augmenting, normalising.
 
 Every data set becomes uint8 [N, 3, 32, 32] once and is kept in one safetensors file beside its source, so a later start
-reads 60,000 pictures in a fraction of a second. Batches are cut, augmented and normalised on the device in whole
+reads 60,000 images in a fraction of a second. Batches are cut, augmented and normalised on the device in whole
 tensors (the idea of KellerJordan/cifar10-airbench); there are no worker processes.
 
 Data sets: `cifar10`, `cifar100` (Krizhevsky 2009, fetched and checked by torchvision), `folder` (any `train/<class>/*`,
-`test/<class>/*` pictures, resized to 32x32), `digits` (scikit-learn's 1,797 handwritten digits, no download).
+`test/<class>/*` images, resized to 32x32), `digits` (scikit-learn's 1,797 handwritten digits, no download).
 
 Normalisation is (pixel - mean) / std with a whole-number mean per colour and one std for all, in 8-bit units: then the
 input of the first convolution is an integer grid (zero-point = mean) and integer hardware can run that layer too.
@@ -87,7 +87,7 @@ class Dataset:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All pictures and labels by name, as the cache holds them."""
+        """All images and labels by name, as the cache holds them."""
         return {
             f"{part}.{kind}": getattr(getattr(self, part), kind).contiguous()
             for part in ("train", "test")
@@ -96,7 +96,7 @@ class Dataset:
 
     @functools.cached_property
     def crc32(self) -> str:
-        """CRC-32 of both splits: results on other pictures are other results."""
+        """CRC-32 of both splits: results on other images are other results."""
         return checksum(self.tensors)
 
 
@@ -126,29 +126,29 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def read_class_folders(folder: Path, names: list[str]) -> Split:
-    """The pictures of all classes, by class and then by file name; hidden files are left out."""
+    """The images of all classes, by class and then by file name; hidden files are left out."""
     files = []
     for label, name in enumerate(names):
         paths = sorted(p for p in (folder / name).iterdir() if not p.name.startswith(".") and not p.is_dir())
         if not paths:
-            raise UserError(f"{folder / name} is empty; every class needs at least one picture in train and in test")
+            raise UserError(f"{folder / name} is empty; every class needs at least one image in train and in test")
         files += [(path, label) for path in paths]
     bar = tqdm(files, desc=f"reading {folder}", unit="img", disable=None, leave=False)
-    pictures = np.stack([read_picture(path) for path, _ in bar])
+    images = np.stack([read_image(path) for path, _ in bar])
     return Split(
-        torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
     )
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """uint8 [32, 32, 3] of any picture file that Pillow reads."""
+def read_image(path: Path) -> np.ndarray:
+    """uint8 [32, 32, 3] of any image file that Pillow reads."""
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
-            colours = picture.convert("RGB")
+        with Image.open(path) as image:
+            colours = image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
-        raise UserError(f"{path} is not a readable picture ({error}); remove or replace it") from None
+        raise UserError(f"{path} is not a readable image ({error}); remove or replace it") from None
     if colours.size != (SIZE, SIZE):
         colours = colours.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return np.asarray(colours)
@@ -269,7 +269,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def split_checksum(split: Split) -> str:
-    """CRC-32 of a split on the CPU: the same pictures in the same order."""
+    """CRC-32 of a split on the CPU: the same images in the same order."""
     return checksum({"images": split.images, "labels": split.labels})
 
 
@@ -295,9 +295,9 @@ def read_cache(path: Path, name: str, fingerprint: str) -> Dataset | None:
 
 
 def stratified_split(split: Split, held_out: int, seed: int) -> tuple[Split, Split]:
-    """(rest, held out): `held_out` pictures drawn at random, each class in its share (largest remainders round up)."""
+    """(rest, held out): `held_out` images drawn at random, each class in its share (largest remainders round up)."""
     if not 0 <= held_out < len(split):
-        raise UserError(f"--val-size is {held_out}; expected 0 to {len(split) - 1}, fewer than the training pictures")
+        raise UserError(f"--val-size is {held_out}; expected 0 to {len(split) - 1}, fewer than the training images")
     generator = torch.Generator().manual_seed(seed)
     counts = torch.bincount(split.labels)
     shares = counts.double() * held_out / len(split)
@@ -312,14 +312,14 @@ def stratified_split(split: Split, held_out: int, seed: int) -> tuple[Split, Spl
 
 
 def calibration_split(train: Split, count: int, seed: int) -> Split:
-    """`count` (at most all) training pictures drawn at random without replacement."""
+    """`count` (at most all) training images drawn at random without replacement."""
     generator = torch.Generator().manual_seed(seed)
     return train[torch.randperm(len(train), generator=generator)[:count]]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """pad: pixels of random shift; flip: mirror half of the pictures; cutout: side of a blank square, 0 for none."""
+    """pad: pixels of random shift; flip: mirror half of the images; cutout: side of a blank square, 0 for none."""
 
     pad: int = 4
     flip: bool = True
@@ -327,7 +327,7 @@ class Augmentation:
 
 
 def augment(images: Tensor, augmentation: Augmentation, normalization: Normalization, draws: Tensor) -> Tensor:
-    """Normalised float32 [B, 3, H, W], channels_last, from uint8 pictures; padding and cutout are the mean colour (0).
+    """Normalised float32 [B, 3, H, W], channels_last, from uint8 images; padding and cutout are the mean colour (0).
 
     draws: [B, 5] uniform in [0, 1): shift down, shift right, mirror, cutout row, cutout column.
     """
@@ -356,13 +356,13 @@ def epoch_draws(count: int, seed: int, epoch: int, device: torch.device | str) -
 
 
 def batches(split: Split, size: int) -> Iterator[Split]:
-    """The pictures in order, `size` at a time; the last batch may be smaller."""
+    """The images in order, `size` at a time; the last batch may be smaller."""
     for start in range(0, len(split), size):
         yield split[slice(start, start + size)]
 
 
 def normalization_for(name: str, train: Split) -> Normalization:
-    """CIFAR's published statistics for CIFAR; for other data sets those of the training pictures, rounded alike."""
+    """CIFAR's published statistics for CIFAR; for other data sets those of the training images, rounded alike."""
     if name.startswith("cifar"):
         return Normalization()
     pixels = train.images[:: max(1, len(train) // 5000)].float()

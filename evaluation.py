@@ -13,7 +13,7 @@ from errors import UserError
 
 @dataclass(frozen=True)
 class Score:
-    """accuracy: percent of pictures whose highest logit is their label; loss: mean cross-entropy in nats."""
+    """accuracy: percent of images whose highest logit is their label; loss: mean cross-entropy in nats."""
 
     accuracy: float
     loss: float
@@ -22,7 +22,7 @@ class Score:
 
 @torch.inference_mode()
 def score(forward: Callable[[Tensor], Tensor], split: Split, batch_size: int, device: torch.device | str) -> Score:
-    """`forward`: uint8 pictures [B, 3, 32, 32] → logits [B, classes]. Reads the result back once, at the end."""
+    """`forward`: uint8 images [B, 3, 32, 32] → logits [B, classes]. Reads the result back once, at the end."""
     correct, losses = [], []
     for batch in batches(split, batch_size):
         labels = batch.labels.to(device)
@@ -34,7 +34,7 @@ def score(forward: Callable[[Tensor], Tensor], split: Split, batch_size: int, de
 
 
 def normalized(model: Callable[[Tensor], Tensor], normalization: Normalization) -> Callable[[Tensor], Tensor]:
-    """`model` with the normalisation before it: takes uint8 pictures."""
+    """`model` with the normalisation before it: takes uint8 images."""
     return lambda images: model(normalization(images))
 
 

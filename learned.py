@@ -28,7 +28,7 @@ Drop = Callable[[Tensor, Tensor], Tensor]
 class LearnedNetwork(nn.Module):
     """The trainable form of `start`; the FP32 `network` tells on which side of its code a weight begins.
 
-    forward: normalised pictures [B, 3, H, W] → logits [B, classes]. `quantized()`: the network it stands for.
+    forward: normalised images [B, 3, H, W] → logits [B, classes]. `quantized()`: the network it stands for.
     """
 
     def __init__(self, network: Network, start: QuantizedNetwork) -> None:
@@ -222,7 +222,7 @@ class Quantize(torch.autograd.Function):
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a * b, [], without a tensor of products; pictures [N, C, H, W] lie in channels_last."""
+    """The sum of a * b, [], without a tensor of products; images [N, C, H, W] lie in channels_last."""
     flat = [t.permute(0, 2, 3, 1).flatten() if t.ndim == 4 else t.flatten() for t in (a, b)]
     if a.dtype == torch.bfloat16:  # its own dot product rounds products or the sum to 8 bits, and is slow on a CPU
         flat = [t.float() for t in flat]

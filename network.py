@@ -17,7 +17,7 @@ from torch import Tensor
 from data import Normalization
 from models import Architecture, MobileNetV2
 
-INPUT = "input"  # the name of the picture among the values
+INPUT = "input"  # the name of the image among the values
 Value = TypeVar("Value")
 
 
@@ -191,7 +191,7 @@ def relu6(y: Tensor, cap: Tensor | None = None) -> Tensor:
 
 
 def forward(network: Network, images: Tensor) -> Tensor:
-    """FP32 logits [B, classes] of uint8 pictures [B, 3, H, W]."""
+    """FP32 logits [B, classes] of uint8 images [B, 3, H, W]."""
     return run_ops(network, network.ops, network.normalization(images))
 
 
@@ -219,7 +219,7 @@ def to_device(network: Network, device: torch.device | str) -> Network:
 
 @torch.inference_mode()
 def value_sizes(ops: Sequence[Op], weights: Mapping[str, Tensor], size: int = 32) -> dict[str, int]:
-    """Elements of every value for one picture of `size` x `size`, the picture included; found by a run on shapes."""
+    """Elements of every value for one image of `size` x `size`, the image included; found by a run on shapes."""
     sizes = {INPUT: 3 * size * size}
 
     def do(op: Op, inputs: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """How long a training run still takes: an estimate that stays true when steps become dearer and evaluations pause it.
 
-Work is counted in the cost of what is done, not in steps: an epoch at small pictures costs less than one at large ones,
+Work is counted in the cost of what is done, not in steps: an epoch at small images costs less than one at large ones,
 and an evaluation costs its share. Time left = work left x time per work so far.
 """
 
@@ -17,7 +17,7 @@ BACKWARD = 2.0  # the backward pass costs about twice the forward pass: gradient
 
 @dataclass(frozen=True)
 class Work:
-    """A run's work, in any unit. epoch_costs: of one epoch at each picture size in turn (equal shares of the run)."""
+    """A run's work, in any unit. epoch_costs: of one epoch at each image size in turn (equal shares of the run)."""
 
     epochs: int
     epoch_costs: tuple[float, ...]
@@ -43,7 +43,7 @@ def seconds_left(work: Work, first: float, now: float, elapsed: float) -> float 
 
 
 def size_costs(model: nn.Module, sizes: tuple[int, ...], batch_size: int) -> tuple[float, ...]:
-    """Relative cost of a training step at each picture size, measured on a copy (small ones cost more than their area).
+    """Relative cost of a training step at each image size, measured on a copy (small ones cost more than their area).
 
     Draws no random numbers and leaves `model` as it is.
     """

@@ -32,12 +32,12 @@ from quantization import float_network, predictor
 from subject import split_as_trained, split_of
 from training import Recipe, State
 
-PICTURES = 512  # that calibrate the first network; fine-tuning makes more of them needless
+IMAGES = 512  # that calibrate the first network; fine-tuning makes more of them needless
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What a run of fine-tuning works with: the FP32 network and its quantized form, the pictures that its checkpoint
+    """What a run of fine-tuning works with: the FP32 network and its quantized form, the images that its checkpoint
     was trained on and chosen by (split_seed drew the latter), and the cells of results.csv that are known before."""
 
     teacher: Network
@@ -58,7 +58,7 @@ def first_tuning(
 ) -> FineTuning:
     """Loads the checkpoint and quantizes it post-training, by the method `auto`. Bits None: FP32.
 
-    The validation pictures are those that chose the checkpoint. UserError where settings and files do not fit.
+    The validation images are those that chose the checkpoint. UserError where settings and files do not fit.
     """
     if not weight_bits and not activation_bits:
         raise UserError("--qat needs --weight-quant-bits or --activation-quant-bits, 2 to 8")
@@ -69,7 +69,7 @@ def first_tuning(
         raise UserError(f"{path} was trained on other classes ({checkpoint.dataset}) than {dataset.name} has")
     train, val = split_as_trained(checkpoint, dataset.train)
     teacher = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
-    images = calibration_split(train, PICTURES, seed).images
+    images = calibration_split(train, IMAGES, seed).images
     begun = time.perf_counter()
     plan = method_plan("auto", weight_bits, activation_bits)[0]
     plan = dataclasses.replace(plan, tune=False)  # fine-tuning does that, and more
@@ -85,7 +85,7 @@ def first_tuning(
         "weight_per_channel": True,
         "seed": seed,
         "method": "qat",
-        "calib_pictures": len(images),
+        "calib_images": len(images),
         "calib_seconds": time.perf_counter() - begun,
         "test_acc_fp32": score(predictor(float_network(teacher), device), dataset.test, 256, device).accuracy,
     }
@@ -102,7 +102,7 @@ def start(tuning: FineTuning, recipe: Recipe, device: torch.device) -> State:
 def distillation(
     network: Network, share: float, label_smoothing: float, bf16: bool = False, compiled: bool = False
 ) -> training.Loss:
-    """The loss of (logits, normalised pictures, labels) in nats, with `network`, on their device, as the teacher.
+    """The loss of (logits, normalised images, labels) in nats, with `network`, on their device, as the teacher.
 
     bf16: the teacher runs in bfloat16 autocast; compiled: through torch.compile, without CUDA graphs, whose memory
     would be shared with the student's.

@@ -25,9 +25,9 @@ from models import Architecture
 from network import INPUT, Network, Op, walk
 
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; a channel whose range asks for less gets fewer levels
-# On a CPU pictures go through in parts, in evaluation and in calibration, whose activations stay in the cache: two to
+# On a CPU images go through in parts, in evaluation and in calibration, whose activations stay in the cache: two to
 # four times as fast as 256 at once.
-CACHE_PICTURES = 32
+CACHE_IMAGES = 32
 EXACT = 2**24  # float32 holds all integers below
 WEIGHT_RANGES = ("minmax", "mse")
 ACTIVATION_RANGES = ("minmax", "percentile", "mse")
@@ -310,16 +310,16 @@ def run_step(step: Step, inputs: Sequence[Tensor]) -> Tensor:
 
 @torch.inference_mode()
 def integer_forward(steps: Sequence[Step], normalization: Normalization, images: Tensor) -> Tensor:
-    """Logits [B, classes] of uint8 pictures [B, 3, H, W]. The picture's grid: zero-point the mean, scale 1 / std."""
+    """Logits [B, classes] of uint8 images [B, 3, H, W]. The image's grid: zero-point the mean, scale 1 / std."""
     pixels = replace(normalization, std=1.0)(images)
     by_name = {step.op.name: step for step in steps}
     return walk([step.op for step in steps], pixels, lambda op, inputs: run_step(by_name[op.name], inputs))
 
 
 def predictor(network: QuantizedNetwork, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """uint8 pictures [B, 3, 32, 32] on the device → logits [B, classes]."""
+    """uint8 images [B, 3, 32, 32] on the device → logits [B, classes]."""
     steps = prepare(network, device)
-    part = CACHE_PICTURES if torch.device(device).type == "cpu" else None
+    part = CACHE_IMAGES if torch.device(device).type == "cpu" else None
 
     def predict(images: Tensor) -> Tensor:
         parts = images.split(part or len(images))

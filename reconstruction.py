@@ -16,7 +16,7 @@ Each number inside a block, and of its input, may stay real with probability `dr
 
 `tune` is the last stage alone, from any start.
 
-Some of the pictures are held out. What a stage finds is kept only where it lowers the stage's loss there, of the
+Some of the images are held out. What a stage finds is kept only where it lowers the stage's loss there, of the
 network rounded as it will be packed; and the whole only where the divergence is lower than the start's.
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from learned import LearnedNetwork, inputs_renamed, key
 from network import Network, Op, run_ops
-from quantization import CACHE_PICTURES, QuantizedNetwork
+from quantization import CACHE_IMAGES, QuantizedNetwork
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,7 +38,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True)
 class Reconstruction:
     """iterations: Adam steps a block, network_iterations: over the whole network at the end, each of batch_size
-    pictures. held_out: share of the pictures that accept or reject. Rates, falling to 0 by a cosine: of codes (in
+    images. held_out: share of the images that accept or reject. Rates, falling to 0 by a cosine: of codes (in
     steps), of scales (in shares of themselves) and biases."""
 
     iterations: int = 200
@@ -61,9 +61,9 @@ def reconstruct(
 ) -> QuantizedNetwork:
     """`start` with better codes, scales and biases; the same seed gives the same network.
 
-    images: uint8 [N, 3, H, W], training pictures; of a single one nothing is learned, as in `tune`. Progress:
+    images: uint8 [N, 3, H, W], training images; of a single one nothing is learned, as in `tune`. Progress:
     on_layer(name) for every layer with weights, on_stage(name of its last operation, loss before, loss after) for every
-    stage, on the held-out pictures; at the end with the name `network` and the losses of the start and the result.
+    stage, on the held-out images; at the end with the name `network` and the losses of the start and the result.
     """
     if len(images) < 2:
         return start
@@ -90,7 +90,7 @@ def tune(
 ) -> QuantizedNetwork:
     """`start` with scales and biases tuned on the FP32 network's logits; its codes stay. Arguments: see `reconstruct`.
 
-    A single picture leaves none to decide by: then nothing is tuned.
+    A single image leaves none to decide by: then nothing is tuned.
     """
     if len(images) < 2:
         return start
@@ -102,8 +102,8 @@ def tune(
 @dataclass(frozen=True)
 class Stage:
     """What is improved at once: operations `ops` of the model, from `quantized` inputs (mixed with `exact` ones)
-    towards `target`, all [N, ...]; loss(results, targets) is a mean over pictures. The last `held_out` ones decide.
-    with_codes: whether codes may move; over few pictures the logits alone do not say well enough where to."""
+    towards `target`, all [N, ...]; loss(results, targets) is a mean over images. The last `held_out` ones decide.
+    with_codes: whether codes may move; over few images the logits alone do not say well enough where to."""
 
     model: LearnedNetwork
     ops: tuple[Op, ...]
@@ -118,8 +118,8 @@ class Stage:
 
     @torch.no_grad()
     def hard_loss(self) -> float:
-        """The loss of the network as it would be packed, over the held-out pictures."""
-        pairs = zip(*(t[-self.held_out :].split(CACHE_PICTURES) for t in (self.quantized, self.target)), strict=True)
+        """The loss of the network as it would be packed, over the held-out images."""
+        pairs = zip(*(t[-self.held_out :].split(CACHE_IMAGES) for t in (self.quantized, self.target)), strict=True)
         return sum(float(self.loss(self.model.run(self.ops, x), t)) * len(x) for x, t in pairs) / self.held_out
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -131,7 +131,7 @@ class Stage:
 
 
 def whole_network(network: Network, start: QuantizedNetwork, images: Tensor, settings: Reconstruction) -> Stage:
-    """The stage of all operations, from the pictures to the logits."""
+    """The stage of all operations, from the images to the logits."""
     model = LearnedNetwork(network, start).requires_grad_(False)
     held_out = max(1, round(len(images) * settings.held_out))
     first = network.normalization(images)
@@ -151,7 +151,7 @@ def blocks(ops: Sequence[Op]) -> list[tuple[Op, ...]]:
 
 @torch.no_grad()
 def in_chunks(do: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.cat([do(part) for part in x.split(CACHE_PICTURES)])
+    return torch.cat([do(part) for part in x.split(CACHE_IMAGES)])
 
 
 def relative_error(target: Tensor) -> Loss:
@@ -166,7 +166,7 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def improve(stage: Stage, settings: Reconstruction, generator: torch.Generator) -> tuple[float, float]:
-    """Fits the stage's parameters and keeps the result if it is better on the held-out pictures. (loss before, after)
+    """Fits the stage's parameters and keeps the result if it is better on the held-out images. (loss before, after)
     there."""
     before = {name: value.clone() for name, value in stage.model.state_dict().items()}
     first = stage.hard_loss()
@@ -179,8 +179,8 @@ def improve(stage: Stage, settings: Reconstruction, generator: torch.Generator) 
 
 
 def fit(stage: Stage, settings: Reconstruction, generator: torch.Generator) -> None:
-    """Adam on the stage's parameters, over random batches of the pictures that are not held out."""
-    pictures = len(stage.quantized) - stage.held_out
+    """Adam on the stage's parameters, over random batches of the images that are not held out."""
+    count = len(stage.quantized) - stage.held_out
     codes, others = stage.parameters()
     groups = [{"params": codes, "lr": settings.code_rate}, {"params": others, "lr": settings.scale_rate}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
@@ -193,7 +193,7 @@ def fit(stage: Stage, settings: Reconstruction, generator: torch.Generator) -> N
     for parameter in codes + others:
         parameter.requires_grad_(True)
     for _ in range(stage.iterations):
-        picks = torch.randint(pictures, (settings.batch_size,), generator=generator)
+        picks = torch.randint(count, (settings.batch_size,), generator=generator)
         x = stage.quantized[picks]
         if stage.drop and stage.exact is not stage.quantized:
             x = drop(stage.exact[picks], x)

@@ -1,4 +1,4 @@
-"""Results as tables and pictures: one row a measured configuration, columns named as in results.csv.
+"""Results as tables and figures: one row a measured configuration, columns named as in results.csv.
 
 Shared by test.py (its plot), the notebook and `make sweep`. A frame comes from a file (`read_results`), from rows
 (`to_frame`) or from a W&B sweep (`fetch_sweep`, by way of tracking.py). pandas, plotly and matplotlib cost seconds to
@@ -102,13 +102,13 @@ def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
 def batch_effect(frame: pd.DataFrame) -> pd.DataFrame:
     """Per configuration: over which batch sizes it ran, and how far accuracy and speed moved with them.
 
-    `spread` is the highest minus the lowest accuracy in points. Each picture is evaluated by itself on frozen ranges,
+    `spread` is the highest minus the lowest accuracy in points. Each image is evaluated by itself on frozen ranges,
     so it should be 0; configurations that ran at one batch size only show nothing and are left out.
     """
     import pandas as pd
 
     others = ["dataset", "dataset_crc32", "checkpoint", "checkpoint_hash", "width_mult", "weight_per_channel"]
-    others += ["seed", "method", "calib_pictures"]  # what may differ beside the batch
+    others += ["seed", "method", "calib_images"]  # what may differ beside the batch
     keys = [*BITS, *(name for name in others if name in frame and frame[name].nunique(dropna=False) > 1)]
     rows = []
     for key, group in frame.groupby(keys, dropna=False):
@@ -289,7 +289,7 @@ def need_rows(frame: pd.DataFrame) -> None:
 
 
 def parallel_coordinates_png(frame: pd.DataFrame, path: Path) -> None:
-    """The parallel coordinates as a picture; needs no browser and no display."""
+    """The parallel coordinates as a PNG; needs no browser and no display."""
     import numpy as np
     from matplotlib import patheffects
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -340,10 +340,10 @@ def parallel_coordinates_png(frame: pd.DataFrame, path: Path) -> None:
     bar.outline.set_visible(False)
     figure.text(0.045, 0.945, heading(frame), fontsize=15, color="#222222")
 
-    write_picture(figure, Path(path))
+    write_figure(figure, Path(path))
 
 
-def write_picture(figure: Any, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
     from io import BytesIO
 
     buffer = BytesIO()

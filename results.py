@@ -38,9 +38,10 @@ COLUMNS = (
     "images_per_second",
     "checkpoint_hash",
     "method",
-    "calib_pictures",
+    "calib_images",
     "dataset_crc32",
 )
+OLDER_NAMES = {"calib_pictures": "calib_images"}  # of columns, in results and packed files from before
 OLDER = COLUMNS[:-1]  # files from before dataset_crc32 are read and added to
 # A point of a grid is done when a row agrees with it in these.
 KEY = (
@@ -52,7 +53,7 @@ KEY = (
     "batch_size",
     "seed",
     "method",
-    "calib_pictures",
+    "calib_images",
     "dataset_crc32",
 )
 
@@ -67,7 +68,8 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--output {path} cannot be read ({error}); give another file") from None
     reader = csv.DictReader(io.StringIO(text))
-    if tuple(reader.fieldnames or ()) not in (tuple(columns), *([OLDER] if columns == COLUMNS else [])):
+    reader.fieldnames = [OLDER_NAMES.get(name, name) for name in reader.fieldnames or ()]
+    if tuple(reader.fieldnames) not in (tuple(columns), *([OLDER] if columns == COLUMNS else [])):
         raise UserError(f"--output {path} has other columns than this program's results; give another file")
     rows = [dict.fromkeys(columns, "") | row for row in reader]
     if any(None in row or None in row.values() for row in rows):  # one has more or fewer cells than the header
@@ -103,6 +105,11 @@ def locked(path: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row under the names of today's columns."""
+    return {OLDER_NAMES.get(name, name): value for name, value in row.items()}
 
 
 def text(value: Any) -> str:

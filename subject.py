@@ -1,4 +1,4 @@
-"""What is measured: a checkpoint's FP32 network, and the pictures that trained it, that chose it, and that test it.
+"""What is measured: a checkpoint's FP32 network, and the images that trained it, that chose it, and that test it.
 
 Calibration sees `train` alone; choices may be made on `validation`, which the checkpoint held out of training; `test`
 is for reporting.
@@ -17,7 +17,7 @@ from network import Network, fold_batch_norm, to_device
 
 @dataclass(frozen=True)
 class Subject:
-    """dataset: its name; dataset_crc32: of its pictures and labels. hash: of the checkpoint's file, short. The network
+    """dataset: its name; dataset_crc32: of its images and labels. hash: of the checkpoint's file, short. The network
     is on the CPU, batch norm folded."""
 
     path: Path
@@ -33,14 +33,14 @@ class Subject:
 
 def load(path: Path | None, dataset: str | None, data_dir: Path, validation: bool = False) -> Subject:
     """None: the default checkpoint, the data set that is found. validation: held out here where the checkpoint did not;
-    the network has seen these pictures then, calibration has not. UserError where files do not fit each other."""
+    the network has seen these images then, calibration has not. UserError where files do not fit each other."""
     path = path or default_checkpoint()
     checkpoint = checkpoints.load(path)
-    pictures = load_data(dataset, data_dir, path, checkpoint.dataset, checkpoint.classes)
-    splits = split_as_trained(checkpoint, pictures.train, validation)
+    loaded = load_data(dataset, data_dir, path, checkpoint.dataset, checkpoint.classes)
+    splits = split_as_trained(checkpoint, loaded.train, validation)
     network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
-    named = pictures.name, pictures.crc32
-    return Subject(path, checkpoints.short_hash(path), checkpoint, network, *named, *splits, pictures.test)
+    named = loaded.name, loaded.crc32
+    return Subject(path, checkpoints.short_hash(path), checkpoint, network, *named, *splits, loaded.test)
 
 
 def default_checkpoint() -> Path:
@@ -50,7 +50,7 @@ def default_checkpoint() -> Path:
 
 
 def load_data(name: str | None, data_dir: Path, model: Path, hint: str, classes: tuple[str, ...]) -> data.Dataset:
-    """The data set asked for, else a folder of pictures in `data_dir`, else `hint`; its classes must be `classes`,
+    """The data set asked for, else a folder of images in `data_dir`, else `hint`; its classes must be `classes`,
     which are those of the file `model`."""
     found = name or data.default_name(data_dir)
     if not name and found != "folder" and classes != data.CIFAR10_CLASSES:
@@ -73,7 +73,7 @@ def split_as_trained(checkpoint: Checkpoint, train: data.Split, validation: bool
     rest, held_out = data.stratified_split(train, min(size, len(train) // 10), seed)  # as train.py
     if known and data.split_checksum(held_out) != known:
         print(
-            "note: these training pictures are not those of the checkpoint, or in another order: the pictures held out "
+            "note: these training images are not those of the checkpoint, or in another order: the images held out "
             "here may have trained it",
             file=sys.stderr,
         )
@@ -81,6 +81,6 @@ def split_as_trained(checkpoint: Checkpoint, train: data.Split, validation: bool
 
 
 def split_of(checkpoint: Checkpoint) -> tuple[int, int]:
-    """(pictures held out, seed that drew them) when the checkpoint was trained."""
+    """(images held out, seed that drew them) when the checkpoint was trained."""
     metrics = checkpoint.metrics
     return int(metrics.get("val_size") or 0), int(metrics.get("split_seed", metrics.get("seed")) or 0)

@@ -45,7 +45,7 @@ from network import Network, value_sizes
 from quantization import ACTIVATION_RANGES, WEIGHT_RANGES, QuantizedNetwork, float_network, predictor
 from subject import Subject
 
-CALIBRATION_BATCH = 128  # pictures in a calibration batch, whatever --batch-size is: it must not change the result
+CALIBRATION_BATCH = 128  # images in a calibration batch, whatever --batch-size is: it must not change the result
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 MIXED_BITS = (3, 4)  # mixed weights and activations take the method of uniform ones at these bits
 
@@ -110,7 +110,7 @@ class Settings:
         group="quantization",
     )
     calib_batches: int = option(
-        4, f"batches of {CALIBRATION_BATCH} training pictures for calibration", low=1, group="quantization"
+        4, f"batches of {CALIBRATION_BATCH} training images for calibration", low=1, group="quantization"
     )
     entropy: bool = option(False, "entropy-code the packed codes", group="quantization")
 
@@ -119,7 +119,7 @@ class Settings:
     )
     max_drop: float | None = option(
         None,
-        "bits of each layer for the smallest file at most so many points below FP32 on validation pictures",
+        "bits of each layer for the smallest file at most so many points below FP32 on validation images",
         low=0,
         high=100,
         group="mixed precision",
@@ -137,12 +137,12 @@ class Settings:
         group="mixed precision",
     )
 
-    batch_size: int = option(256, "pictures at once; changes the speed, never the result", low=1, group="evaluation")
-    seed: int = option(0, "of the choice of calibration pictures", low=0, high=MOST_SEED, group="evaluation")
+    batch_size: int = option(256, "images at once; changes the speed, never the result", low=1, group="evaluation")
+    seed: int = option(0, "of the choice of calibration images", low=0, high=MOST_SEED, group="evaluation")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="evaluation")
 
     output: Path = option(Path("results.csv"), "one row is added per evaluation", group="files")
-    plot: Path = option(Path("parallel_coordinates.png"), "picture of a grid, and an .html beside it", group="files")
+    plot: Path = option(Path("parallel_coordinates.png"), "figure of a grid, and an .html beside it", group="files")
     save_packed: Path | None = option(None, "keep the packed file here", group="files")
     again: bool = option(False, "measure a grid's points again that are in OUTPUT already", group="files")
     log_wandb: bool = option(False, "report to Weights & Biases (under `wandb agent` by itself)", group="W&B")
@@ -215,7 +215,7 @@ def main() -> int:
 
         if known:
             print(f"{known} of {len(points)} points are in {settings.output} already; --again measures them again")
-        keys = [key(one, subject) for one in points]  # the picture is of this grid alone
+        keys = [key(one, subject) for one in points]  # the figure is of this grid alone
         rows = [row for row in results.read(settings.output) if any(results.same(row, one) for one in keys)]
         page = report.write_plots(report.to_frame(rows), settings.plot)
         print(f"wrote {settings.output}, {settings.plot} and {page}")
@@ -333,7 +333,7 @@ def fp32_score(settings: Settings, subject: Subject) -> Score:
 
 
 def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> Outcome:
-    """Quantizes, packs to `path`, reads back, evaluates on the test pictures: one row."""
+    """Quantizes, packs to `path`, reads back, evaluates on the test images: one row."""
     point = point_of(settings)
     if settings.mixed and not any(settings.searched):
         uniform = [bits not in ((), (32,)) for bits in (settings.weight_quant_bits, settings.activation_quant_bits)]
@@ -426,7 +426,7 @@ def search_layers(
         return lost
 
     bits, quantized, lost = allocation.smallest_within(table, settings.max_drop, build, drop)
-    return bits, quantized, [f"Drop {lost:.2f} points on {len(subject.validation)} validation pictures."]
+    return bits, quantized, [f"Drop {lost:.2f} points on {len(subject.validation)} validation images."]
 
 
 def with_mean_bits(point: Point, quantized: QuantizedNetwork) -> Point:
@@ -452,7 +452,7 @@ def evaluate_packed(settings: Settings) -> Outcome:
             raise UserError(f"--packed has weights, bits and method in the file; leave out {flag(field.name)}")
     network, info, seconds = unpacked(settings.packed)
     try:
-        known, classes, hint = dict(info["row"]), tuple(info["classes"]), info["dataset"]
+        known, classes, hint = results.renamed(info["row"]), tuple(info["classes"]), info["dataset"]
         fp32 = known["test_acc_fp32"]
     except (KeyError, TypeError):
         raise UserError(
@@ -479,16 +479,16 @@ def unpacked(path: Path) -> tuple[QuantizedNetwork, dict[str, Any], float]:
 
 
 def calibration(settings: Settings, subject: Subject) -> Tensor:
-    """uint8 [N, 3, 32, 32]: training pictures."""
-    return data.calibration_split(subject.train, pictures(settings, subject), settings.seed).images
+    """uint8 [N, 3, 32, 32]: training images."""
+    return data.calibration_split(subject.train, calib_images(settings, subject), settings.seed).images
 
 
-def pictures(settings: Settings, subject: Subject) -> int:
+def calib_images(settings: Settings, subject: Subject) -> int:
     return min(settings.calib_batches * CALIBRATION_BATCH, len(subject.train))
 
 
 def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, Any]:
-    """The cells that say which point this is, but for the pictures: --packed may be given others."""
+    """The cells that say which point this is, but for the images: --packed may be given others."""
     quantized = point.weight_bits or point.activation_bits
     return {
         "dataset": subject.dataset,
@@ -499,7 +499,7 @@ def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, An
         "batch_size": settings.batch_size,
         "seed": settings.seed,
         "method": point.method,
-        "calib_pictures": pictures(settings, subject) if quantized else 0,
+        "calib_images": calib_images(settings, subject) if quantized else 0,
     }
 
 

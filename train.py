@@ -2,7 +2,7 @@
 
 examples:
   python train.py --dataset digits --width-mult 0.35 --epochs 15 --save-path digits.pth    a minute, no download
-  python train.py --data-dir ./data                            CIFAR-10 (fetched) or a folder of pictures
+  python train.py --data-dir ./data                            CIFAR-10 (fetched) or a folder of images
   python train.py --data-dir ./data --resume                   goes on after Ctrl-C, SIGTERM or a crash
   python train.py --qat --weight-quant-bits 2 --activation-quant-bits 4 --checkpoint C --epochs 5
                                                                quantization-aware fine-tuning to a packed file
@@ -54,13 +54,13 @@ class Settings:
     )
     data_dir: Path = option(Path("data"), "folder of the data set", group="data")
     val_size: int = option(
-        5000, "training pictures held out to choose the best epoch (at most a tenth of them)", low=0, group="data"
+        5000, "training images held out to choose the best epoch (at most a tenth of them)", low=0, group="data"
     )
     pad: int = option(4, "random shift by up to this many pixels", low=0, high=16, group="data")
-    flip: bool | None = option(None, "mirror half of the pictures (default: yes, except for digits)", group="data")
+    flip: bool | None = option(None, "mirror half of the images (default: yes, except for digits)", group="data")
     cutout: int = option(0, "side of a random blank square", low=0, high=32, group="data")
     progressive_sizes: tuple[int, ...] = option(
-        (), "sides of the pictures, in equal shares of the run, e.g. 16,24,32 (faster)", low=8, high=32, group="data"
+        (), "sides of the images, in equal shares of the run, e.g. 16,24,32 (faster)", low=8, high=32, group="data"
     )
 
     width_mult: float = option(1.0, "channels relative to the paper's network", low=0.05, high=4, group="network")
@@ -70,8 +70,8 @@ class Settings:
         None, "start from the weights of this checkpoint; a new classifier if its classes are others", group="network"
     )
 
-    epochs: int = option(300, "passes over the training pictures", low=1, group="training")
-    batch_size: int = option(128, "pictures a step", low=2, group="training")
+    epochs: int = option(300, "passes over the training images", low=1, group="training")
+    batch_size: int = option(128, "images a step", low=2, group="training")
     lr: float = option(0.1, "highest learning rate", low=0, group="training")
     scheduler: str = option(
         "cosine", "learning rate after the warm-up", choices=("cosine", "constant"), group="training"
@@ -287,8 +287,8 @@ def start(settings: Settings, recipe: training.Recipe, device: torch.device, sav
 
 
 def split(settings: Settings, dataset: data.Dataset, first: Checkpoint | None) -> tuple[data.Split, data.Split, int]:
-    """(training pictures, validation pictures, the seed that drew them). What a checkpoint `first` held out stays held
-    out: the other pictures trained its weights, and validation would choose by what they know by heart."""
+    """(training images, validation images, the seed that drew them). What a checkpoint `first` held out stays held
+    out: the other images trained its weights, and validation would choose by what they know by heart."""
     seed, size = settings.seed, min(settings.val_size, len(dataset.train) // 10)
     if first and first.classes == dataset.classes:
         held_out, seed = split_of(first)
@@ -296,12 +296,12 @@ def split(settings: Settings, dataset: data.Dataset, first: Checkpoint | None) -
             if settings.val_size != Settings.val_size and size != held_out:
                 raise UserError(
                     f"--val-size is {settings.val_size}, but {settings.checkpoint} was trained without {held_out} "
-                    "pictures, and they are held out again; leave it out"
+                    "images, and they are held out again; leave it out"
                 )
             return *split_as_trained(first, dataset.train), seed
         if size:
             print(
-                f"note: {settings.checkpoint} names no pictures that it was not trained on: those held out here may "
+                f"note: {settings.checkpoint} names no images that it was not trained on: those held out here may "
                 "have trained it",
                 file=sys.stderr,
             )
@@ -311,7 +311,7 @@ def split(settings: Settings, dataset: data.Dataset, first: Checkpoint | None) -
 def first_model(
     settings: Settings, dataset: data.Dataset, rest: data.Split, first: Checkpoint | None, saved: dict[str, Any] | None
 ) -> tuple[MobileNetV2, data.Normalization]:
-    """The network before its first step and the normalisation of its pictures: that of the weights it starts from.
+    """The network before its first step and the normalisation of its images: that of the weights it starts from.
 
     first: the --checkpoint, where one is given."""
     torch.manual_seed(settings.seed)
@@ -341,7 +341,7 @@ def describe(run: Run, device: torch.device, resumed: bool) -> None:
     print(
         f"MobileNetV2 x{architecture.width_mult:g} ({parameters:.2f} M parameters, {operations:.0f} M multiply-adds), "
         f"{device}, {settings.dataset}: {len(run.train)} training, "
-        f"{len(run.val)} validation and {len(run.test)} test pictures"
+        f"{len(run.val)} validation and {len(run.test)} test images"
     )
     path = resume_path(settings)
     if resumed:
@@ -371,12 +371,12 @@ def compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tenso
 def watcher(run: Run, bar: tqdm, signals: list[int]) -> Callable[..., None]:
     """A function to call often: it moves the bar, and raises `Interrupted` once a signal has come.
 
-    While evaluating it is told how many pictures of val and test are done.
+    While evaluating it is told how many images of val and test are done.
     """
-    state, recipe, pictures = run.state, run.recipe, len(run.train)
+    state, recipe, images = run.state, run.recipe, len(run.train)
     sizes = recipe.progressive_sizes or (run.train.images.shape[-1],)
     costs = (1.0,) if bar.disable else pace.size_costs(state.model, sizes, recipe.batch_size)
-    full, evaluation = pictures * (1 + pace.BACKWARD), len(run.val) + len(run.test)
+    full, evaluation = images * (1 + pace.BACKWARD), len(run.val) + len(run.test)
     work = pace.Work(recipe.epochs, tuple(full * c / costs[-1] for c in costs), evaluation, run.settings.eval_every)
     first, begun = work.done(state.epoch, state.step / run.steps), time.perf_counter()
     budget = 60 * recipe.max_minutes
@@ -391,7 +391,7 @@ def watcher(run: Run, bar: tqdm, signals: list[int]) -> Callable[..., None]:
         if budget:
             left = min(budget - state.seconds, math.inf if left is None else left)
             share = max(share, state.seconds / budget)
-        speed = training.pictures_seen(state, pictures, recipe) / max(state.epoch_seconds, 1e-9)
+        speed = training.images_seen(state, images, recipe) / max(state.epoch_seconds, 1e-9)
         what = "evaluates" if evaluated else f"{speed:.0f} img/s"
         best = f", best {state.best_accuracy:.2f} %" if state.best_accuracy >= 0 else ""
         pace.show(bar, share, left, f"epoch {state.epoch + 1}/{recipe.epochs}, {what}{best}")
@@ -402,7 +402,7 @@ def watcher(run: Run, bar: tqdm, signals: list[int]) -> Callable[..., None]:
 def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
     """Means of the epoch that has just been trained and, every `--eval-every` epochs and at the end, evaluations."""
     state, recipe, settings = run.state, run.recipe, run.settings
-    seen = training.pictures_seen(state, len(run.train), recipe)
+    seen = training.images_seen(state, len(run.train), recipe)
     loss, accuracy = training.epoch_means(state, seen)
     if not (math.isfinite(loss) and training.all_finite(state)):
         kept = f"{settings.save_path} is as it was before" if settings.save_path.exists() else "no checkpoint was saved"
@@ -520,10 +520,10 @@ def saved_state(settings: Settings) -> dict[str, Any] | None:
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
-    """Puts what was saved into the state of `run`; UserError if the training pictures are others."""
+    """Puts what was saved into the state of `run`; UserError if the training images are others."""
     path = resume_path(run.settings)
     if saved.get("data", run.digest) != run.digest:
-        raise UserError(f"--resume: {path} is of other pictures than those in --data-dir {run.settings.data_dir}")
+        raise UserError(f"--resume: {path} is of other images than those in --data-dir {run.settings.data_dir}")
     try:
         training.restore(run.state, saved)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:

@@ -3,7 +3,7 @@
 Recipe: SGD with Nesterov momentum, cosine with linear warm-up (Loshchilov & Hutter 2017; Goyal et al. 2017), label
 smoothing (Szegedy et al. 2016), weight decay on convolution and linear weights only, exponential moving average of the
 weights by choice. All random draws of an epoch come from (seed, epoch), so a run resumed in the middle of an epoch
-continues with the same pictures, and on a CPU ends with the same bits as the uninterrupted run. Nothing in a step waits
+continues with the same images, and on a CPU ends with the same bits as the uninterrupted run. Nothing in a step waits
 for the device; the sums of an epoch are read once, at its end.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data import Augmentation, Normalization, Split, augment, epoch_draws
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, normalised pictures, labels) → mean over the batch
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, normalised images, labels) → mean over the batch
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,18 @@ def start(model: nn.Module, recipe: Recipe, device: torch.device) -> State:
     return State(model, average, optimizer, sums=torch.zeros(2, dtype=exact, device=device))
 
 
-def steps_per_epoch(pictures: int, batch_size: int) -> int:
-    """Batches an epoch. Only whole ones: the pictures left over are others in every epoch, for the order is random.
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Batches an epoch. Only whole ones: the images left over are others in every epoch, for the order is random.
 
-    So every step has the same shape (as CUDA graphs need), and none sees a batch of one picture, which has no variance
-    for batch norm. Fewer pictures than `batch_size` are one batch.
+    So every step has the same shape (as CUDA graphs need), and none sees a batch of one image, which has no variance
+    for batch norm. Fewer images than `batch_size` are one batch.
     """
-    return max(1, pictures // batch_size)
+    return max(1, images // batch_size)
 
 
-def pictures_seen(state: State, pictures: int, recipe: Recipe) -> int:
-    """Pictures trained on in this epoch so far, of the `pictures` there are."""
-    return state.step * min(recipe.batch_size, pictures)
+def images_seen(state: State, images: int, recipe: Recipe) -> int:
+    """Images trained on in this epoch so far, of the `images` there are."""
+    return state.step * min(recipe.batch_size, images)
 
 
 def progress(state: State, recipe: Recipe, steps: int) -> float:
@@ -163,7 +163,7 @@ def learning_rate(done: float, recipe: Recipe) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-9)))
 
 
-def picture_size(done: float, recipe: Recipe, full: int) -> int:
+def image_size(done: float, recipe: Recipe, full: int) -> int:
     """Progressive resolution (Tan & Le 2021, EfficientNetV2, section 4): equal shares of the run for each size."""
     sizes = recipe.progressive_sizes or (full,)
     return sizes[min(int(done * len(sizes)), len(sizes) - 1)]
@@ -203,7 +203,7 @@ def train_epoch(
         picks = slice(state.step * recipe.batch_size, (state.step + 1) * recipe.batch_size)
         batch = train[order[picks]]
         x = augment(batch.images, recipe.augmentation, normalization, draws[picks])
-        size = picture_size(done, recipe, x.shape[-1])
+        size = image_size(done, recipe, x.shape[-1])
         if size != x.shape[-1]:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
             x = x.contiguous(memory_format=torch.channels_last)
@@ -245,9 +245,9 @@ def update_average(pairs: list[tuple[Tensor, Tensor]], decay: float, step: int) 
     torch._foreach_lerp_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], weight)
 
 
-def epoch_means(state: State, pictures: int) -> tuple[float, float]:
-    """(mean loss, accuracy in percent) of the epoch so far, over `pictures`; waits for the device."""
-    loss, correct = (state.sums.cpu() / max(1, pictures)).tolist()
+def epoch_means(state: State, images: int) -> tuple[float, float]:
+    """(mean loss, accuracy in percent) of the epoch so far, over `images`; waits for the device."""
+    loss, correct = (state.sums.cpu() / max(1, images)).tolist()
     return loss, 100 * correct
 
 

@@ -1,8 +1,8 @@
-"""Accuracy over bytes on disk, ours and the peers', as one picture: accuracy_per_byte.png.
+"""Accuracy over bytes on disk, ours and the peers', as one figure: accuracy_per_byte.png.
 
 Ours: the rows of a results file (mean over seeds) by the method `auto`, the same with entropy coding and mixed
 precision, and the plain method. The others: peers.csv, of the same checkpoint. A panel each for activations of 8 and
-of 4 bits. What lies below the picture is an arrow at its lower edge, with its accuracy.
+of 4 bits. What lies below the figure is an arrow at its lower edge, with its accuracy.
 
 python benchmarks/chart.py
 """
@@ -58,8 +58,8 @@ class Settings:
 
     results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
     peers: Path = option(HERE / "peers.csv", "what peers.py measured for that checkpoint")
-    picture: Path = option(HERE / "accuracy_per_byte.png", "where the picture goes")
-    runs: Path = option(HERE / "parallel_coordinates.png", "where the picture of all rows of RESULTS goes")
+    figure: Path = option(HERE / "accuracy_per_byte.png", "where the figure goes")
+    runs: Path = option(HERE / "parallel_coordinates.png", "where the figure of all rows of RESULTS goes")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def main() -> None:
     rows = [row for row in results.read(settings.peers, peers.COLUMNS) if results.same(row, subject, list(subject))]
     draw([{**ours(frame, bits), **others(rows, bits)} for bits in PANELS], frame[FP32_ACCURACY].iloc[0], settings)
     report.parallel_coordinates_png(frame, settings.runs)
-    print(f"wrote {settings.picture} and {settings.runs}")
+    print(f"wrote {settings.figure} and {settings.runs}")
 
 
 def ours(frame: "pd.DataFrame", activations: int) -> dict[str, list[Point]]:
@@ -140,11 +140,11 @@ def draw(panels: Sequence[Series], fp32: float, settings: Settings) -> None:
     axes[0].set_ylabel("test accuracy, %", fontsize=11)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes[0].legend(handles.values(), handles, loc="lower right", fontsize=10, frameon=False)
-    report.write_picture(figure, settings.picture)
+    report.write_figure(figure, settings.figure)
 
 
 def draw_line(ax: Any, name: str, points: Sequence[Point]) -> None:
-    """The points that the picture reaches, joined, with their bits; arrows for those below it."""
+    """The points that the figure reaches, joined, with their bits; arrows for those below it."""
     color, marker, line = STYLES[name]
     first = name.startswith("ours") and line == "-"
     shown = [p for p in points if p.accuracy >= LOWEST]

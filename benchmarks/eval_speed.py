@@ -1,9 +1,9 @@
 """Images per second of evaluation: quantized W4A8 and FP32 here, against a plain eager FP32 evaluation, in one run.
 
 plain: what a tutorial does: torchvision transforms in a DataLoader's workers, contiguous tensors, batch norm unfolded.
-The three take turns over the same pictures, round after round; medians of the rounds, and of the ratios within them.
+The three take turns over the same images, round after round; medians of the rounds, and of the ratios within them.
 
-    python benchmarks/eval_speed.py --pictures 2048 --rounds 5
+    python benchmarks/eval_speed.py --images 2048 --rounds 5
 """
 
 import statistics
@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from train_speed import Pictures
+from train_speed import Images
 
 import data
 from allocator import keep_freed_memory
@@ -36,8 +36,8 @@ class Settings:
     """The command line of eval_speed.py."""
 
     checkpoint: Path | None = option(None, "FP32 checkpoint (default: the one that comes along, else random weights)")
-    pictures: int = option(2048, "random pictures to evaluate", low=64)
-    batch_size: int = option(256, "pictures at once", low=1)
+    images: int = option(2048, "random images to evaluate", low=64)
+    batch_size: int = option(256, "images at once", low=1)
     workers: int = option(2, "of the plain evaluation's DataLoader", low=0)
     rounds: int = option(5, "rounds of all three", low=1)
     weight_bits: int = option(4, "of the quantized network", low=2, high=8)
@@ -50,7 +50,7 @@ def plain_evaluation(model: torch.nn.Module, split: data.Split, settings: Settin
     transforms = import_torchvision("torchvision.transforms")
     normal = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.262))
     steps = transforms.Compose([transforms.ToPILImage(), transforms.ToTensor(), normal])
-    loader = torch.utils.data.DataLoader(Pictures(split, steps), settings.batch_size, num_workers=settings.workers)
+    loader = torch.utils.data.DataLoader(Images(split, steps), settings.batch_size, num_workers=settings.workers)
     with torch.no_grad():
         for batch, _ in loader:
             model(batch.to(device)).argmax(1).cpu()
@@ -67,7 +67,7 @@ def main() -> None:
     else:
         model, normalization = MobileNetV2(Architecture()).eval(), data.Normalization()
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (settings.pictures, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(0, 256, (settings.images, 3, 32, 32), dtype=torch.uint8, generator=generator)
     split = data.Split(pixels, torch.zeros(len(pixels), dtype=torch.int64))
     network = fold_batch_norm(model, normalization)
     quantized = quantize_network(network, pixels[:128], Plan(settings.weight_bits, settings.act_bits))
@@ -90,10 +90,10 @@ def main() -> None:
             if round_:  # the first one warms up
                 seconds[key].append(time.perf_counter() - begun)
     print(
-        f"{device}, {torch.get_num_threads()} threads, {settings.pictures} pictures, batches of {settings.batch_size}"
+        f"{device}, {torch.get_num_threads()} threads, {settings.images} images, batches of {settings.batch_size}"
     )
     for key, times in seconds.items():
-        print(f"{key:>12}: {settings.pictures / statistics.median(times):8.0f} images/s")
+        print(f"{key:>12}: {settings.images / statistics.median(times):8.0f} images/s")
     for other in ("plain FP32", "FP32"):
         ratios = [theirs / mine for theirs, mine in zip(seconds[other], seconds[name], strict=True)]
         print(

@@ -1,8 +1,8 @@
-"""Every method at every pair of bits: accuracy, drop, seconds, over several seeds of the calibration pictures.
+"""Every method at every pair of bits: accuracy, drop, seconds, over several seeds of the calibration images.
 
-Choices are made with `--split val` (the pictures that chose the checkpoint, never calibrated on); `--split test` is for
+Choices are made with `--split val` (the images that chose the checkpoint, never calibrated on); `--split test` is for
 reporting. Rows go to a CSV as they come, and points already there are not measured again. Beside the accuracy stands
-KL(FP32 || quantized) of the predicted classes, in nats: it tells methods apart with far fewer pictures.
+KL(FP32 || quantized) of the predicted classes, in nats: it tells methods apart with far fewer images.
 
     python benchmarks/methods.py --split val --weight-bits 4,2 --act-bits 8,4,2 --seeds 0
     python benchmarks/methods.py --split test --methods plain,auto --seeds 0,1,2
@@ -46,7 +46,7 @@ VARIANTS = {
     "cd+bc+eq+edge": dict(**CD, equalize=True, edge_bits=8),
     "cd+bc+eq+edge+tune": dict(**CD, equalize=True, edge_bits=8, tune=True),
 }
-POINT = ("checkpoint_hash", "split", "weight_bits", "activation_bits", "method", "seed", "calib_pictures", "pictures")
+POINT = ("checkpoint_hash", "split", "weight_bits", "activation_bits", "method", "seed", "calib_images", "images")
 POINT += ("dataset_crc32",)
 COLUMNS = (*POINT[:-1], "accuracy", "fp32", "kl", "seconds", POINT[-1])
 
@@ -58,13 +58,13 @@ class Settings:
     checkpoint: Path = option(DEFAULT_CHECKPOINT, "FP32 checkpoint")
     dataset: str = option("folder", "data set", choices=data.DATASETS)
     data_dir: Path = option(Path("data"), "folder of the data set")
-    split: str = option("val", "pictures that are evaluated", choices=("val", "test"))
+    split: str = option("val", "images that are evaluated", choices=("val", "test"))
     limit: int = option(0, "evaluate only so many of them; 0: all", low=0)
     weight_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the weights; 32: FP32", choices=BITS)
     act_bits: tuple[int, ...] = option((8, 6, 4, 2), "bits of the activations; 32: FP32", choices=BITS)
     methods: tuple[str, ...] = option(("plain", "auto"), f"plain, auto, reconstruct, {', '.join(VARIANTS)}")
-    seeds: tuple[int, ...] = option((0,), "of the calibration pictures", low=0)
-    calib_pictures: int = option(512, "training pictures for calibration", low=32)
+    seeds: tuple[int, ...] = option((0,), "of the calibration images", low=0)
+    calib_images: int = option(512, "training images for calibration", low=32)
     output: Path = option(Path("benchmarks/methods.csv"), "one row per measurement")
 
 
@@ -89,15 +89,15 @@ def main() -> None:
     split = data.calibration_split(split, settings.limit, seed=0) if settings.limit else split  # of all classes
     exact = logits_of(float_network(network), split)
     fp32 = accuracy(exact, split)
-    print(f"FP32 on {len(split)} {settings.split} pictures: {fp32:.2f} %", flush=True)
+    print(f"FP32 on {len(split)} {settings.split} images: {fp32:.2f} %", flush=True)
     pairs = itertools.product(settings.weight_bits, settings.act_bits)
     for (weight_bits, act_bits), method, seed in itertools.product(pairs, settings.methods, settings.seeds):
         cells = (subject.hash, settings.split, weight_bits, act_bits, method, seed)
-        cells += (settings.calib_pictures, len(split), subject.dataset_crc32)
+        cells += (settings.calib_images, len(split), subject.dataset_crc32)
         point = dict(zip(POINT, map(str, cells), strict=True))
         if results.has(rows, point, POINT):
             continue
-        images = data.calibration_split(subject.train, settings.calib_pictures, seed).images
+        images = data.calibration_split(subject.train, settings.calib_images, seed).images
         begun = time.perf_counter()
         plan = plan_of(method, *(None if b == 32 else b for b in (weight_bits, act_bits)))
         quantized = quantize_network(network, images, plan)
@@ -111,8 +111,8 @@ def main() -> None:
             f"(drop {fp32 - reached:.2f}, KL {kl:.4f}, {seconds:.0f} s)",
             flush=True,
         )
-    alike = (subject.hash, subject.dataset_crc32, settings.split, str(settings.calib_pictures), str(len(split)))
-    names = ("checkpoint_hash", "dataset_crc32", "split", "calib_pictures", "pictures")
+    alike = (subject.hash, subject.dataset_crc32, settings.split, str(settings.calib_images), str(len(split)))
+    names = ("checkpoint_hash", "dataset_crc32", "split", "calib_images", "images")
     print(table([row for row in rows if tuple(row[name] for name in names) == alike]))
 
 

@@ -3,10 +3,10 @@
     python benchmarks/peer_worker.py WORK TOOL WEIGHT_BITS ACTIVATION_BITS REPLY
 
 WORK is the folder that peers.py exported: the FP32 network (`fp32.onnx` with batch norm folded, and the checkpoint's
-state for tools that start from torch), normalised pictures for calibration, validation and test, and their labels.
+state for tools that start from torch), normalised images for calibration, validation and test, and their labels.
 Each tool is one function that yields `Candidate`s: the settings its documentation recommends for this kind of network.
-Where there are several, the pictures that the checkpoint held out for validation choose; the chosen one alone is
-measured on the test pictures. The reply is one JSON object.
+Where there are several, the images that the checkpoint held out for validation choose; the chosen one alone is
+measured on the test images. The reply is one JSON object.
 """
 
 import copy
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-BATCH = 256  # pictures at once when predicting, for every tool
+BATCH = 256  # images at once when predicting, for every tool
 ROOT = Path(__file__).resolve().parent.parent  # the torch tools build the network with the project's own module
 
 REAL = "integers"  # the tool executes integer kernels
@@ -50,15 +50,15 @@ class Work:
     own: Path
     options: dict[str, int]
 
-    def pictures(self, part: str) -> np.ndarray:
+    def images(self, part: str) -> np.ndarray:
         return np.load(self.folder / f"{part}.npy", mmap_mode="r")
 
     def labels(self, part: str) -> np.ndarray:
         return np.load(self.folder / f"{part}_labels.npy")
 
     def batches(self, part: str, size: int) -> list[np.ndarray]:
-        pictures = self.pictures(part)
-        return [np.array(pictures[i : i + size]) for i in range(0, len(pictures), size)]
+        images = self.images(part)
+        return [np.array(images[i : i + size]) for i in range(0, len(images), size)]
 
 
 # ------------------------------------------------------------------------------------------------------- onnxruntime
@@ -80,7 +80,7 @@ def onnxruntime(work: Work, weight_bits: int, activation_bits: int) -> Iterator[
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
-        """Batches of calibration pictures, a range of them at a time: all at once would need too much memory."""
+        """Batches of calibration images, a range of them at a time: all at once would need too much memory."""
 
         def __init__(self) -> None:
             self.batches = work.batches("calibration", 64)
@@ -146,7 +146,7 @@ def onnx_predictor(path: Path, fuse: bool) -> Callable[[np.ndarray], np.ndarray]
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda pictures: session.run(None, {name: pictures})[0]
+    return lambda images: session.run(None, {name: images})[0]
 
 
 # ----------------------------------------------------------------------------------------------------- NNCF, OpenVINO
@@ -177,7 +177,7 @@ def nncf(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candida
     if activation_bits == 32:
         yield candidate("compress_weights INT8_ASYM", lambda: nncf.compress_weights(read()))
         return
-    batches = work.batches("calibration", 1)  # its guide calibrates picture by picture; subset_size counts batches
+    batches = work.batches("calibration", 1)  # its guide calibrates image by image; subset_size counts batches
     for preset, fast in ((nncf.QuantizationPreset.PERFORMANCE, True), (nncf.QuantizationPreset.MIXED, False)):
         yield candidate(
             f"{preset.value}, {'fast' if fast else 'accurate'} bias correction",
@@ -216,8 +216,8 @@ def torch_predictor(model) -> Callable[[np.ndarray], np.ndarray]:
     import torch
 
     @torch.inference_mode()
-    def predict(pictures: np.ndarray) -> np.ndarray:
-        return model(torch.from_numpy(pictures).contiguous(memory_format=torch.channels_last)).numpy()
+    def predict(images: np.ndarray) -> np.ndarray:
+        return model(torch.from_numpy(images).contiguous(memory_format=torch.channels_last)).numpy()
 
     return predict
 
@@ -240,12 +240,12 @@ def aimet(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candid
     from aimet_torch.model_preparer import prepare_model
     from aimet_torch.quantsim import QuantizationSimModel
 
-    picture = torch.zeros(1, 3, 32, 32)
+    image = torch.zeros(1, 3, 32, 32)
     batches = [torch.from_numpy(b) for b in work.batches("calibration", 32)]
 
     def prepared() -> torch.nn.Module:
         model = prepare_model(torch_model(work))
-        fold_all_batch_norms(model, input_shapes=tuple(picture.shape))
+        fold_all_batch_norms(model, input_shapes=tuple(image.shape))
         return model
 
     def edges(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -255,7 +255,7 @@ def aimet(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candid
     def simulated(name: str, model: torch.nn.Module, scheme: QuantScheme, encodings: Path | None) -> Candidate:
         begun = time.process_time()
         sim = QuantizationSimModel(
-            model, picture, scheme, default_output_bw=activation_bits, default_param_bw=weight_bits
+            model, image, scheme, default_output_bw=activation_bits, default_param_bw=weight_bits
         )
         if weight_bits < 8:
             for layer in edges(sim.model):
@@ -267,13 +267,13 @@ def aimet(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candid
         path, note, stored = work.own / f"{name}.onnx", "", "quantized"
         try:
             aimet_torch.onnx.export(
-                copy.deepcopy(sim.model), picture, str(path), opset_version=21, dynamo=False, prequantize_constants=True
+                copy.deepcopy(sim.model), image, str(path), opset_version=21, dynamo=False, prequantize_constants=True
             )
         except Exception as error:
             note, stored = f"aimet: its ONNX export of quantized weights fails ({type(error).__name__})", "FP32 export"
             exported = work.own / name
             exported.mkdir(exist_ok=True)
-            sim.export(str(exported), "model", picture)
+            sim.export(str(exported), "model", image)
             path = exported / "model.onnx"  # beside it lie the grids in JSON and copies of the network: not counted
         return Candidate(name, torch_predictor(sim.model), seconds, path, SIMULATED, note, stored)
 
@@ -289,7 +289,7 @@ def aimet(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Candid
             begun = time.process_time()
             rounded = Adaround.apply_adaround(
                 model,
-                picture,
+                image,
                 AdaroundParameters(batches, len(batches), iterations, forward_fn=lambda m, x: m(x)),
                 str(folder),
                 "rounded",
@@ -322,13 +322,13 @@ def brevitas(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Can
     from brevitas.graph.quantize import preprocess_for_quantize
     from brevitas_examples.imagenet_classification.ptq import ptq_common
 
-    def loader(pictures: int) -> list[tuple[torch.Tensor, None]]:
-        return [(torch.from_numpy(b), None) for b in work.batches("calibration", 64)[: max(1, pictures // 64)]]
+    def loader(images: int) -> list[tuple[torch.Tensor, None]]:
+        return [(torch.from_numpy(b), None) for b in work.batches("calibration", 64)[: max(1, images // 64)]]
 
-    everything = loader(len(work.pictures("calibration")))
-    gptq_pictures = work.options["gptq_pictures"]
+    everything = loader(len(work.images("calibration")))
+    gptq_images = work.options["gptq_images"]
     variants = [("sym", 0, 0), ("asym", 0, 0), ("asym", 20, 0)]
-    variants += [("asym", 0, gptq_pictures)] if gptq_pictures and weight_bits < 8 else []
+    variants += [("asym", 0, gptq_images)] if gptq_images and weight_bits < 8 else []
     for weights, equalize, gptq in variants:
         begun = time.process_time()
         model = preprocess_for_quantize(torch_model(work), equalize_iters=equalize, equalize_merge_bias=True)
@@ -355,7 +355,7 @@ def brevitas(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Can
         ptq_common.apply_bias_correction(everything, model)
         seconds = time.process_time() - begun
         name = f"{weights} weights, bias correction" + f", equalization {equalize}" * bool(equalize)
-        name += f", GPTQ on {gptq} pictures" * bool(gptq)
+        name += f", GPTQ on {gptq} images" * bool(gptq)
         path, note, stored = work.own / f"{name}.onnx", "", "quantized"
         try:
             exported = copy.deepcopy(model)
@@ -416,7 +416,7 @@ def torchao(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Cand
     from executorch.runtime import Runtime
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    size = 64  # its programs have a fixed number of pictures
+    size = 64  # its programs have a fixed number of images
     sample = (torch.zeros(size, 3, 32, 32),)
     begun = time.process_time()
     captured = torch.export.export(torch_model(work), sample).module()
@@ -437,17 +437,17 @@ def torchao(work: Work, weight_bits: int, activation_bits: int) -> Iterator[Cand
     path.write_bytes(lowered.to_executorch().buffer)
     method = Runtime.get().load_program(path).load_method("forward")
 
-    def predict(pictures: np.ndarray) -> np.ndarray:
-        parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
+    def predict(images: np.ndarray) -> np.ndarray:
+        parts = [images[i : i + size] for i in range(0, len(images), size)]
         results = [method.execute([torch.from_numpy(padded(part, size))])[0].numpy().copy() for part in parts]
-        return np.concatenate(results)[: len(pictures)]
+        return np.concatenate(results)[: len(images)]
 
     yield Candidate("PT2E, XNNPACK quantizer", predict, seconds, path, REAL)
 
 
-def padded(pictures: np.ndarray, size: int) -> np.ndarray:
-    """`size` pictures: those given, and the first of them again and again."""
-    return pictures[np.arange(size) % len(pictures)]
+def padded(images: np.ndarray, size: int) -> np.ndarray:
+    """`size` images: those given, and the first of them again and again."""
+    return images[np.arange(size) % len(images)]
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -471,7 +471,7 @@ VERSIONS = {
 
 
 def accuracy(work: Work, part: str, predict: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-    """(percent right, pictures per second) over one part; the first batch is run once before, to warm up."""
+    """(percent right, images per second) over one part; the first batch is run once before, to warm up."""
     labels, right = work.labels(part), 0
     batches = work.batches(part, BATCH)
     predict(batches[0])
@@ -507,7 +507,7 @@ def main() -> None:
                 "accuracy": right,
                 "bytes": stored_bytes(best.file),
                 "quantize_seconds": best.seconds,
-                "pictures_per_second": speed,
+                "images_per_second": speed,
                 "arithmetic": best.arithmetic,
                 "note": best.note,
                 "stored": best.stored,

@@ -4,8 +4,8 @@
     python benchmarks/peers.py                            everything; what peers.csv has already is not run again
     python benchmarks/peers.py --tools quanto --bits 4/8 --limit-test 500 --output trial.csv --page trial.md
 
-All see the same FP32 checkpoint, calibration pictures (those that test.py draws), pictures to choose settings with
-(held out of training by the checkpoint) and test pictures. The tools conflict, so each has its own environment, made
+All see the same FP32 checkpoint, calibration images (those that test.py draws), images to choose settings with
+(held out of training by the checkpoint) and test images. The tools conflict, so each has its own environment, made
 from requirements-peers-TOOL.txt when first needed, and runs there as a process of its own (peer_worker.py): one that
 fails is reported as failed and stops nothing. Everything runs in one thread, and times are seconds of that thread on
 the processor, not of the clock: other work on the machine disturbs them little. Rows that come from a results file of
@@ -72,14 +72,14 @@ COLUMNS = (
     "accuracy",
     "bytes",
     "quantize_seconds",
-    "pictures_per_second",
+    "images_per_second",
     "arithmetic",
     "note",
     "error",
     "checkpoint_hash",
-    "calibration_pictures",
-    "validation_pictures",
-    "test_pictures",
+    "calibration_images",
+    "validation_images",
+    "test_images",
     "seed",
     "machine",
     "beside",
@@ -87,8 +87,8 @@ COLUMNS = (
     "dataset_crc32",
     "stored",
 )
-# One measurement's name. The data set counts with its pictures: the same checkpoint on others is another measurement.
-SAME = ("tool", "bits", "checkpoint_hash", "dataset_crc32", "calibration_pictures", "test_pictures", "seed")
+# One measurement's name. The data set counts with its images: the same checkpoint on others is another measurement.
+SAME = ("tool", "bits", "checkpoint_hash", "dataset_crc32", "calibration_images", "test_images", "seed")
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,12 @@ class Settings:
     data_dir: Path = option(Path("data"), "folder of the data set")
     tools: tuple[str, ...] = option((*OURS, *OFFERED), "which to run", choices=(*OURS, *OFFERED))
     bits: tuple[str, ...] = option(BITS, "weights/activations; each tool runs those it offers", choices=BITS)
-    calib_pictures: int = option(512, "training pictures for calibration", low=1)
-    val_pictures: int = option(1000, "held-out training pictures that choose between a tool's settings", low=1)
-    limit_test: int | None = option(None, "use so many random test pictures (default: all), for a trial", low=1)
+    calib_images: int = option(512, "training images for calibration", low=1)
+    val_images: int = option(1000, "held-out training images that choose between a tool's settings", low=1)
+    limit_test: int | None = option(None, "use so many random test images (default: all), for a trial", low=1)
     adaround_iterations: int = option(1000, "of AIMET's AdaRound for each layer; 0: nearest only", low=0)
-    gptq_pictures: int = option(256, "calibration pictures for Brevitas's GPTQ; 0: nearest only", low=0)
-    seed: int = option(0, "of the choice of pictures", low=0)
+    gptq_images: int = option(256, "calibration images for Brevitas's GPTQ; 0: nearest only", low=0)
+    seed: int = option(0, "of the choice of images", low=0)
     minutes: float = option(120.0, "time limit for one tool at one pair of bits", low=0.1)
     venvs: Path = option(Path(".venvs-peers"), "folder of the tools' environments and of the exported network")
     output: Path = option(HERE / "peers.csv", "one row for each measurement")
@@ -134,7 +134,7 @@ def main() -> None:
         "checkpoint_hash": material.subject.hash,
         "dataset_crc32": material.subject.dataset_crc32,
         "seed": settings.seed,
-        **{f"{part}_pictures": len(split) for part, split in material.parts.items()},
+        **{f"{part}_images": len(split) for part, split in material.parts.items()},
         "machine": machine(),
         "beside": settings.beside,
     }
@@ -164,14 +164,14 @@ def points(settings: Settings) -> list[tuple[str, str]]:
 
 
 def load(settings: Settings) -> Material:
-    """Checkpoint and pictures, drawn as test.py draws them; a limited test set is drawn at random."""
+    """Checkpoint and images, drawn as test.py draws them; a limited test set is drawn at random."""
     subject = subjects.load(settings.checkpoint, settings.dataset, settings.data_dir)
     if not len(subject.validation):
-        raise UserError(f"{subject.path} held no pictures out of training to choose with; train with --val-size")
+        raise UserError(f"{subject.path} held no images out of training to choose with; train with --val-size")
     limit = settings.limit_test
     parts = {
-        "calibration": data.calibration_split(subject.train, settings.calib_pictures, settings.seed),
-        "validation": data.calibration_split(subject.validation, settings.val_pictures, settings.seed),
+        "calibration": data.calibration_split(subject.train, settings.calib_images, settings.seed),
+        "validation": data.calibration_split(subject.validation, settings.val_images, settings.seed),
         "test": data.calibration_split(subject.test, limit, settings.seed) if limit else subject.test,
     }
     return Material(subject, parts)
@@ -198,10 +198,10 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
         info = {"classes": material.subject.checkpoint.classes, "dataset": material.subject.checkpoint.dataset}
         sizes = save_packed(quantized, path, info)
         forward = predictor(load_packed(path)[0])
-    pictures = material.parts["test"]
-    forward(pictures.images[:256])
+    split = material.parts["test"]
+    forward(split.images[:256])
     begun = time.process_time()
-    result = score(forward, pictures, 256, "cpu")
+    result = score(forward, split, 256, "cpu")
     plan = dataclasses.asdict(point.plan)
     shown = ("weight_range", "act_range", "rounding", "bias_correction", "edge_bits", "equalize", "tune")
     return {
@@ -210,14 +210,14 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
         "accuracy": result.accuracy,
         "bytes": sizes.total_bytes,
         "quantize_seconds": seconds,
-        "pictures_per_second": result.count / (time.process_time() - begun),
+        "images_per_second": result.count / (time.process_time() - begun),
         "arithmetic": "float" if pair[1] == 32 else "integers in float32",
         "stored": QUANTIZED,
     }
 
 
 def from_grid(settings: Settings, common: Mapping[str, Any], tool: str, bits: str) -> dict[str, Any] | None:
-    """The row that test.py wrote for the same checkpoint and pictures, if there is one; its times are of the clock."""
+    """The row that test.py wrote for the same checkpoint and images, if there is one; its times are of the clock."""
     if not settings.grid or tool == FP32 or settings.limit_test:
         return None
     weight_bits, activation_bits = (b.replace("32", "") for b in bits.split("/"))
@@ -228,7 +228,7 @@ def from_grid(settings: Settings, common: Mapping[str, Any], tool: str, bits: st
         "method": OURS[tool],
         "checkpoint_hash": common["checkpoint_hash"],
         "dataset_crc32": common["dataset_crc32"],
-        "calib_pictures": str(common["calibration_pictures"]),
+        "calib_images": str(common["calibration_images"]),
         "seed": str(common["seed"]),
     }
     for row in results.read(settings.grid):
@@ -239,7 +239,7 @@ def from_grid(settings: Settings, common: Mapping[str, Any], tool: str, bits: st
                 "accuracy": float(row["test_acc_quantized"]),
                 "bytes": int(row["packed_bytes"]),
                 "quantize_seconds": float(row["calib_seconds"]),
-                "pictures_per_second": float(row["images_per_second"]),
+                "images_per_second": float(row["images_per_second"]),
                 "arithmetic": "float" if not activation_bits else "integers in float32",
                 "stored": QUANTIZED,
                 "machine": UNKNOWN,
@@ -298,10 +298,10 @@ def environment(folder: Path, tool: str) -> Path:
 
 
 def export(settings: Settings, material: Material) -> Path:
-    """The neutral folder that workers read; made once for a checkpoint and a choice of pictures."""
+    """The neutral folder that workers read; made once for a checkpoint and a choice of images."""
     sizes = "-".join(str(len(split)) for split in material.parts.values())
-    pictures = f"{material.subject.dataset_crc32}-{sizes}-{settings.seed}"
-    folder = settings.venvs / "work" / f"{material.subject.hash}-{pictures}"
+    images = f"{material.subject.dataset_crc32}-{sizes}-{settings.seed}"
+    folder = settings.venvs / "work" / f"{material.subject.hash}-{images}"
     folder.mkdir(parents=True, exist_ok=True)
     options = folder / "options.json"
     if not options.exists():
@@ -313,7 +313,7 @@ def export(settings: Settings, material: Material) -> Path:
         architecture = dataclasses.asdict(checkpoint.architecture)
         (folder / "architecture.json").write_text(json.dumps(architecture))
         export_onnx(checkpoint, folder / "fp32.onnx")
-    slow = {name: getattr(settings, name) for name in ("adaround_iterations", "gptq_pictures")}
+    slow = {name: getattr(settings, name) for name in ("adaround_iterations", "gptq_images")}
     options.write_text(json.dumps(slow))
     return folder
 
@@ -339,7 +339,7 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def fits(row: Mapping[str, str], common: Mapping[str, Any]) -> bool:
-    """Whether a row belongs to the present checkpoint and pictures: only such rows stand in one table."""
+    """Whether a row belongs to the present checkpoint and images: only such rows stand in one table."""
     return results.same(row, common, [name for name in SAME if name in common])
 
 
@@ -357,13 +357,13 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
     fp32 = next(float(r["accuracy"]) for r in rows if r["tool"] == FP32)
     order = {name: i for i, name in enumerate((FP32, *OURS, *OFFERED))}
     rows = sorted(rows, key=lambda r: (("32/32", *BITS).index(r["bits"]), order[r["tool"]]))
-    first, choices = rows[0], {r["validation_pictures"]: None for r in rows}
+    first, choices = rows[0], {r["validation_images"]: None for r in rows}
     lines = [
-        f"Checkpoint {first['checkpoint_hash']}, FP32 {fp32:.2f} %; {first['calibration_pictures']} calibration "
-        f"pictures, {' or '.join(choices)} to choose settings with, {first['test_pictures']} test pictures. "
+        f"Checkpoint {first['checkpoint_hash']}, FP32 {fp32:.2f} %; {first['calibration_images']} calibration "
+        f"images, {' or '.join(choices)} to choose settings with, {first['test_images']} test images. "
         f"{machines(rows)}; beside: {'; '.join(sorted({r['beside'] for r in rows} - {UNKNOWN}))}.",
         "",
-        "| w/a | tool | settings | accuracy, % | drop | bytes on disk | s to quantize | pictures/s | arithmetic |",
+        "| w/a | tool | settings | accuracy, % | drop | bytes on disk | s to quantize | images/s | arithmetic |",
         "|---|---|---|---:|---:|---:|---:|---:|---|",
         *(table_line(r, fp32) for r in rows),
         "",
@@ -400,7 +400,7 @@ def table_line(row: Mapping[str, str], fp32: float) -> str:
     size += f" ({row['stored']})" if row["stored"] != QUANTIZED else ""
     return (
         f"{start}| {row['settings']} | {accuracy:.2f} | {fp32 - accuracy:.2f} | {size} "
-        f"| {float(row['quantize_seconds']):.0f} | {float(row['pictures_per_second']):.0f} | {row['arithmetic']} |"
+        f"| {float(row['quantize_seconds']):.0f} | {float(row['images_per_second']):.0f} | {row['arithmetic']} |"
     )
 
 

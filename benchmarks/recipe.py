@@ -2,7 +2,7 @@
 
 A change is a flag of train.py without its dashes, or several with a plus between ("lr 0.2", "cutout 8 + dropout 0.1");
 `default` changes nothing. What follows `--` is flags of train.py for all runs. Every run is evaluated at its end alone,
-so that none is helped by choosing an epoch; validation pictures tell the changes apart, test pictures only report. A
+so that none is helped by choosing an epoch; validation images tell the changes apart, test images only report. A
 run is kept as a row as soon as it ends, one that was cut goes on where it was, and rows that are there are not trained
 again.
 
@@ -98,7 +98,7 @@ def run_settings(settings: Settings, common: Sequence[str], change: str, seed: i
     except UserError as error:
         raise UserError(f"--changes {change!r} or what follows --: {error}") from None
     if not run.val_size:
-        raise UserError("--val-size 0 leaves no pictures to tell the changes apart with; leave it out")
+        raise UserError("--val-size 0 leaves no images to tell the changes apart with; leave it out")
     name = settings.runs / f"{change.replace(' ', '_')}_seed{seed}.safetensors"
     files = dict(save_path=name, log_file=name.with_suffix(".log"), resume=True)
     return dataclasses.replace(run, seed=seed, eval_every=run.epochs, **files)

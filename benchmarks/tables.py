@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py
 
-Means and standard deviations are over the rows that differ in the seed alone (of the choice of calibration pictures).
+Means and standard deviations are over the rows that differ in the seed alone (of the choice of calibration images).
 """
 
 import statistics
@@ -65,7 +65,7 @@ def read_one_checkpoint(path: Path, flag: str = "--results") -> "pd.DataFrame":
 
 
 def of(frame: "pd.DataFrame", weights: int, activations: int, method: str) -> "pd.DataFrame":
-    """The rows of one method at one pair of bits: one for each seed and number of calibration pictures."""
+    """The rows of one method at one pair of bits: one for each seed and number of calibration images."""
     return frame[(frame[WEIGHTS] == weights) & (frame[ACTIVATIONS] == activations) & (frame["method"] == method)]
 
 
@@ -93,8 +93,8 @@ def accuracies(frame: "pd.DataFrame") -> str:
 def drops(frame: "pd.DataFrame") -> str:
     """Points below FP32 by each method that was measured, beside the aim."""
     methods = [m for m in dict.fromkeys(frame["method"]) if "+" not in m]  # as they are, with nothing changed by flags
-    counts = [sorted({int(n) for n in frame[frame["method"] == m]["calib_pictures"] if n}) for m in methods]
-    heads = [f"{m}, {' or '.join(map(str, n))} pictures" for m, n in zip(methods, counts, strict=True)]
+    counts = [sorted({int(n) for n in frame[frame["method"] == m]["calib_images"] if n}) for m in methods]
+    heads = [f"{m}, {' or '.join(map(str, n))} images" for m, n in zip(methods, counts, strict=True)]
     lines = ["| w/a | aim | " + " | ".join(heads) + " |", "|---" * (len(methods) + 2) + "|"]
     for pair, aim in AIMS.items():
         weights, activations = map(int, pair.split("/"))

@@ -1,10 +1,10 @@
 """Training speed: this repository's step against a plain DataLoader recipe, in alternation, in one run.
 
-Ours: the pictures lie on the device, augmentation works on whole tensors, channels_last; on CUDA bfloat16, fused SGD
+Ours: the images lie on the device, augmentation works on whole tensors, channels_last; on CUDA bfloat16, fused SGD
 and, with --compile, torch.compile with CUDA graphs; on a CPU in FP32 and, with --bf16, in bfloat16 too. Plain:
-torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on PIL pictures, a DataLoader with worker
+torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on PIL images, a DataLoader with worker
 processes, contiguous FP32, no compile. Same network, loss and batch size, and the same allocator (allocator.py);
-random pictures, since speed does not depend on what they show. With --qat also the step of train.py --qat at 2/2, the
+random images, since speed does not depend on what they show. With --qat also the step of train.py --qat at 2/2, the
 FP32 network as its teacher. On CUDA it also states a floor: the bytes that a step's convolutions and norms must move,
 over the copy bandwidth measured here.
 
@@ -48,7 +48,7 @@ from vision import import_torchvision
 @dataclass(frozen=True)
 class Settings:
     width_mult: float = option(1.0, "width of the network", low=0.05, high=4)
-    batch_size: int = option(128, "pictures a step", low=2)
+    batch_size: int = option(128, "images a step", low=2)
     steps: int = option(20, "steps of each kind in a round", low=1)
     rounds: int = option(5, "rounds; the table shows medians over them", low=1)
     workers: int | None = option(None, "worker processes of the plain recipe (default: one a core, at most 8)", low=0)
@@ -60,8 +60,8 @@ class Settings:
 
 def our_steps(settings: Settings, device: torch.device, bf16: bool, tuned: bool) -> Callable[[], float]:
     """A function that does `steps` steps of training.train_epoch and returns images/s; tuned: those of --qat."""
-    pictures = settings.steps * settings.batch_size
-    split = random_pictures(pictures)
+    images = settings.steps * settings.batch_size
+    split = random_images(images)
     recipe = training.Recipe(epochs=10**6, batch_size=settings.batch_size, bf16=bf16)
     model, criterion = MobileNetV2(Architecture(10, settings.width_mult)), None
     if tuned:
@@ -78,7 +78,7 @@ def our_steps(settings: Settings, device: torch.device, bf16: bool, tuned: bool)
 
     def run() -> float:
         training.train_epoch(state, split, recipe, Normalization(), forward, lambda: None, criterion)
-        speed = pictures / state.epoch_seconds
+        speed = images / state.epoch_seconds
         training.next_epoch(state)
         return speed
 
@@ -99,7 +99,7 @@ def plain_steps(settings: Settings, device: torch.device) -> Callable[[], float]
             transforms.Normalize([m / 255 for m in normal.mean], [normal.std / 255] * 3),
         ]
     )
-    dataset = Pictures(random_pictures(max(50, settings.steps) * settings.batch_size), transform)
+    dataset = Images(random_images(max(50, settings.steps) * settings.batch_size), transform)
     loader = torch.utils.data.DataLoader(
         dataset, settings.batch_size, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda"
     )
@@ -138,8 +138,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Pictures(torch.utils.data.Dataset):
-    """One picture at a time through a transform, as torchvision's data sets give them."""
+class Images(torch.utils.data.Dataset):
+    """One image at a time through a transform, as torchvision's data sets give them."""
 
     def __init__(self, split: Split, transform: Callable) -> None:
         self.split, self.transform = split, transform
@@ -151,14 +151,14 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(self.split.images[index]), int(self.split.labels[index])
 
 
-def random_pictures(count: int) -> Split:
+def random_images(count: int) -> Split:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return Split(images, torch.randint(0, 10, (count,), generator=generator))
 
 
-def bytes_per_picture(model: MobileNetV2, element: int) -> int:
-    """Bytes of activations that a training step must move for one picture, with every ReLU6 fused into its norm.
+def bytes_per_image(model: MobileNetV2, element: int) -> int:
+    """Bytes of activations that a training step must move for one image, with every ReLU6 fused into its norm.
 
     Forward, each convolution reads its input and writes its output; its norm reads that twice (statistics, then
     values) and writes once. Backward, the norm reads the gradient and its input twice and writes the input's gradient;
@@ -219,7 +219,7 @@ def main() -> int:
     print(f"medians of {settings.rounds} rounds of {settings.steps} steps, in alternation")
     if device.type == "cuda":
         bandwidth = copy_bandwidth(device)
-        floor = bandwidth / bytes_per_picture(MobileNetV2(Architecture(10, settings.width_mult)), 2)
+        floor = bandwidth / bytes_per_image(MobileNetV2(Architecture(10, settings.width_mult)), 2)
         share = statistics.median(speeds["ours"]) / floor
         print(f"floor     {floor:10.0f}   images/s at {bandwidth / 1e12:.2f} TB/s copied; ours reaches {share:.0%}")
     return 0

@@ -1,7 +1,7 @@
-"""MobileNetV2 for 32x32 pictures, with torchvision's parameter names.
+"""MobileNetV2 for 32x32 images, with torchvision's parameter names.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (2018), table 2, with stride 1 in the stem and
-in the second stage, so that 32x32 pictures end at 4x4: 88 M multiply-adds and 2.24 M parameters at width 1.0 and 10
+in the second stage, so that 32x32 images end at 4x4: 88 M multiply-adds and 2.24 M parameters at width 1.0 and 10
 classes. Every parameter has the name and shape it has in `torchvision.models.mobilenet_v2` (strides have no
 parameters), so ImageNet weights load without renaming; only the classifier differs with the number of classes.
 """
@@ -33,7 +33,7 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 
 def conv_bn(inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A convolution that keeps the picture's size (at stride 1) and its batch norm: [conv, norm]."""
+    """A convolution that keeps the image's size (at stride 1) and its batch norm: [conv, norm]."""
     conv = nn.Conv2d(inp, out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(out)]
 
@@ -58,7 +58,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Input: normalised pictures [N, 3, 32, 32] (any size from 8x8 up works); output: logits [N, num_classes]."""
+    """Input: normalised images [N, 3, 32, 32] (any size from 8x8 up works); output: logits [N, num_classes]."""
 
     def __init__(self, architecture: Architecture, dropout: float = 0.0) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def skeleton(architecture: Architecture) -> MobileNetV2:
 
 
 def multiply_adds(model: nn.Module, size: int = 32) -> int:
-    """Multiply-adds of convolutions and linear layers for one `size` x `size` picture, counted by running it."""
+    """Multiply-adds of convolutions and linear layers for one `size` x `size` image, counted by running it."""
     total = 0
 
     def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:

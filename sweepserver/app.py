@@ -319,7 +319,7 @@ async def _body(request: Request, limit: int = BODY_LIMIT) -> bytes:
 
 
 def _send(server: Server, row) -> Response:
-    """A stored file. Pictures and plain text show in the browser, all else is saved, and none of it may run."""
+    """A stored file. Images and plain text show in the browser, all else is saved, and none of it may run."""
     if not row or not server.files.path(row).exists():
         return JSONResponse({"error": "file not found"}, 404)
     kind, name = row["mimetype"], row["name"].rsplit("/", 1)[-1]

@@ -251,7 +251,7 @@ def show(value) -> str:
         return f"{value:.5g}".replace("nan", "NaN")
     if isinstance(value, str | int):
         return str(value)
-    if isinstance(value, dict) and "_type" in value:  # a Table, a picture, a histogram
+    if isinstance(value, dict) and "_type" in value:  # a Table, an image, a histogram
         size = f" {value['nrows']} × {value['ncols']}" if "nrows" in value and "ncols" in value else ""
         return f"{value['_type']}{size}"
     text = json.dumps(clean(value), default=str)

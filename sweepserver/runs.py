@@ -233,7 +233,7 @@ class _View:
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    """Nested values under dotted names, as W&B keeps metrics; what has a `_type` (a picture, a Table) stays whole."""
+    """Nested values under dotted names, as W&B keeps metrics; what has a `_type` (an image, a Table) stays whole."""
     found = {}
     for name, value in values.items():
         nested = isinstance(value, dict) and value and "_type" not in value

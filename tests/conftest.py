@@ -19,7 +19,7 @@ def no_weights_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
 
 
-def write_pictures(
+def write_images(
     root: Path, classes: int = 3, train: int = 16, test: int = 4, size: int = 32
 ) -> dict[str, np.ndarray]:
     """PNGs in root/train/<class>/ and root/test/<class>/, class i brighter than class i-1; returns path → pixels."""
@@ -39,10 +39,10 @@ def write_pictures(
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder data set: 3 classes, 48 training and 12 test pictures of 32x32."""
-    root = tmp_path_factory.mktemp("pictures")
-    write_pictures(root)
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder data set: 3 classes, 48 training and 12 test images of 32x32."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root)
     return root
 
 
@@ -61,8 +61,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
 
 @pytest.fixture(scope="session")
-def real_pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], int]]:
-    """(a folder with the first 20 pictures of each class and part of CIFAR-10, how many there are of each)."""
+def real_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], int]]:
+    """(a folder with the first 20 images of each class and part of CIFAR-10, how many there are of each)."""
     archive = Path(os.environ.get("CIFAR10_JPEG", ROOT / ".." / "shared" / "data" / "cifar10.tar.xz"))
     if not archive.exists():
         pytest.skip(f"needs the real CIFAR-10 as JPEG: no {archive}; CIFAR10_JPEG names another place")

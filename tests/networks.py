@@ -11,7 +11,7 @@ from quantization import QuantizedNetwork, fake_quantize, prepare
 def random_model(
     width: float, classes: int = 10, seed: int = 0, gains: tuple[float, float] = (0.5, 2.0)
 ) -> MobileNetV2:
-    """Random weights; batch statistics are those of random pictures, so every layer's results have about unit scale.
+    """Random weights; batch statistics are those of random images, so every layer's results have about unit scale.
 
     gains: the range of the batch norms' factors; a wide one makes channels of very different ranges.
     """

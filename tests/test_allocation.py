@@ -23,7 +23,7 @@ CHOICES = (2, 4, 8)
 
 @pytest.fixture(scope="module")
 def case():
-    """(network, training pictures)."""
+    """(network, training images)."""
     network = fold_batch_norm(random_model(0.1, gains=(0.3, 1.0)), Normalization())
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.rand(64, 3, 6, 6) * 255, (32, 32), mode="bilinear")
@@ -181,7 +181,7 @@ def test_the_smallest_network_within_a_drop():
         smallest_within(table, 1e-9, build, drop)
 
 
-def test_one_picture_cannot_both_round_and_measure(case):
+def test_one_image_cannot_both_round_and_measure(case):
     network, images = case
-    with pytest.raises(UserError, match="two calibration pictures"):
+    with pytest.raises(UserError, match="two calibration images"):
         sensitivities(network, images[:1], Plan(3), (3,))

@@ -15,7 +15,7 @@ from reconstruction import Reconstruction
 
 @pytest.fixture(scope="module")
 def case():
-    """(network, calibration pictures, other pictures, their FP32 logits)."""
+    """(network, calibration images, other images, their FP32 logits)."""
     network = fold_batch_norm(random_model(0.1, gains=(0.3, 1.0)), Normalization())
     smooth = torch.nn.functional.interpolate(torch.rand(160, 3, 6, 6) * 255, (32, 32), mode="bilinear")
     images = smooth.to(torch.uint8)

@@ -1,4 +1,4 @@
-"""benchmarks/chart.py: its lines against numbers by hand, and that a picture comes out."""
+"""benchmarks/chart.py: its lines against numbers by hand, and that a figure comes out."""
 
 import sys
 from pathlib import Path
@@ -43,10 +43,10 @@ def test_lines_are_means_over_seeds_and_peers_without_failures(chart):
     assert not any(chart.ours(frame(), 4).values())
 
 
-def test_the_picture_is_a_png_with_a_line_for_each(chart, tmp_path, monkeypatch):
+def test_the_figure_is_a_png_with_a_line_for_each(chart, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(chart, "draw_line", lambda ax, name, points: drawn.append((name, len(points))))
-    settings = chart.Settings(picture=tmp_path / "chart.png")
+    settings = chart.Settings(figure=tmp_path / "chart.png")
     chart.draw([{**chart.ours(frame(), bits), **chart.others(PEERS, bits)} for bits in chart.PANELS], 90.0, settings)
-    assert settings.picture.read_bytes().startswith(b"\x89PNG")
+    assert settings.figure.read_bytes().startswith(b"\x89PNG")
     assert ("ours", 2) in drawn and ("quanto", 2) in drawn and not {"aimet", "torchao"} & {name for name, _ in drawn}

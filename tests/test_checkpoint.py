@@ -153,9 +153,9 @@ def test_other_files_are_refused(tmp_path, small, suffix):
         checkpoints.load(tmp_path / "bare.pth")
 
 
-def test_the_files_that_come_along_know_real_pictures(real_pictures):
-    """200 test pictures; of all 10,000 between 84 and 90 % are right."""
-    pictures = data.load("folder", real_pictures[0])
+def test_the_files_that_come_along_know_real_images(real_images):
+    """200 test images; of all 10,000 between 84 and 90 % are right."""
+    images = data.load("folder", real_images[0])
     checkpoint = checkpoints.load(checkpoints.DEFAULT_CHECKPOINT)
     network = fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization)
     files = [(float_network(network), checkpoint.metrics, checkpoint.classes)]
@@ -163,8 +163,8 @@ def test_the_files_that_come_along_know_real_pictures(real_pictures):
         packed, info = load_packed(checkpoints.DEFAULT_CHECKPOINT.with_name(name))
         files.append((packed, info["metrics"], tuple(info["classes"])))
     for quantized, told, classes in files:
-        assert classes == pictures.classes
-        reached = score(predictor(quantized), pictures.test, 256, "cpu").accuracy
+        assert classes == images.classes
+        reached = score(predictor(quantized), images.test, 256, "cpu").accuracy
         assert abs(reached - told["test_acc"]) < 8  # three standard deviations
 
 

@@ -13,7 +13,7 @@ from errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    batch_size: int = option(128, "pictures", low=1)
+    batch_size: int = option(128, "images", low=1)
     weight_decay: float = option(0.5, "decay, 5 % of it", low=0, high=1)
     weight_bits: tuple[int, ...] = option((), "bits", aliases=("weight_quant_bits",), choices=(2, 4, 8), group="bits")
     kind: str | None = option(None, "kind", choices=("a", "b"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_pictures
+from conftest import write_images
 from PIL import Image
 
 import data
@@ -105,10 +105,10 @@ def test_a_half_downloaded_archive_without_network_is_one_line(tmp_path, cifar_a
 
 
 def test_folders_are_read_and_resized(tmp_path):
-    pixels = write_pictures(tmp_path, classes=2, train=3, test=2)
-    large = np.full((100, 80), 77, dtype=np.uint8)  # a grey picture of another size
+    pixels = write_images(tmp_path, classes=2, train=3, test=2)
+    large = np.full((100, 80), 77, dtype=np.uint8)  # a grey image of another size
     Image.fromarray(large).save(tmp_path / "test" / "class1" / "zz.png")
-    (tmp_path / "test" / "class1" / ".hidden").write_text("not a picture")
+    (tmp_path / "test" / "class1" / ".hidden").write_text("not an image")
     loaded = data.load("folder", tmp_path)
     assert loaded.classes == ("class0", "class1")
     assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and loaded.test.labels.tolist() == [0, 0, 1, 1, 1]
@@ -170,32 +170,32 @@ def break_test(root: Path) -> None:
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (break_text, "notes.txt is not a readable picture"),
-        (break_jpeg, "half.jpg is not a readable picture"),
-        (break_png, "000.png is not a readable picture"),
-        (break_link, "gone.png is not a readable picture"),
+        (break_text, "notes.txt is not a readable image"),
+        (break_jpeg, "half.jpg is not a readable image"),
+        (break_png, "000.png is not a readable image"),
+        (break_link, "gone.png is not a readable image"),
         (break_class, "test has no folder for class 'class1'"),
         (break_empty, "class0 is empty"),
         (break_test, "test is missing"),
     ],
 )
 def test_bad_folders_are_one_line_that_names_the_file(tmp_path, damage, message):
-    write_pictures(tmp_path, classes=3, train=2, test=2)
+    write_images(tmp_path, classes=3, train=2, test=2)
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         data.load("folder", tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_the_default_data_set_is_the_folder_if_there_is_one(tmp_path, pictures):
-    assert data.default_name(pictures) == "folder"
+def test_the_default_data_set_is_the_folder_if_there_is_one(tmp_path, image_folder):
+    assert data.default_name(image_folder) == "folder"
     assert data.default_name(tmp_path) == "cifar10"
     with pytest.raises(UserError, match="--dataset is 'mnist'; expected one of cifar10, "):
         data.load("mnist", tmp_path)
 
 
-def test_the_shared_cifar10(real_pictures):
-    folder, counts = real_pictures
+def test_the_shared_cifar10(real_images):
+    folder, counts = real_images
     assert len(counts) == 20 and all(count == {"train": 5000, "test": 1000}[p] for (p, _), count in counts.items())
     loaded = data.load("folder", folder)
     assert len(loaded.train) == len(loaded.test) == 200
@@ -211,7 +211,7 @@ def test_the_shared_cifar10(real_pictures):
 
 
 def test_the_cache_is_rebuilt_when_its_source_changes(tmp_path):
-    write_pictures(tmp_path, classes=2, train=2, test=1)
+    write_images(tmp_path, classes=2, train=2, test=1)
     first = data.load("folder", tmp_path)
     cache = tmp_path / "folder-32x32.safetensors"
     written = cache.stat().st_mtime_ns
@@ -223,7 +223,7 @@ def test_the_cache_is_rebuilt_when_its_source_changes(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
 def test_a_damaged_cache_is_rebuilt(tmp_path, damage):
-    write_pictures(tmp_path, classes=2, train=2, test=1)
+    write_images(tmp_path, classes=2, train=2, test=1)
     first = data.load("folder", tmp_path)
     cache = tmp_path / "folder-32x32.safetensors"
     whole = cache.read_bytes()
@@ -236,7 +236,7 @@ def test_a_damaged_cache_is_rebuilt(tmp_path, damage):
 
 
 def test_a_cache_is_enough_without_its_source_and_none_is_needed(tmp_path, monkeypatch):
-    write_pictures(tmp_path, classes=2, train=2, test=1)
+    write_images(tmp_path, classes=2, train=2, test=1)
 
     def refuse(*_):
         raise UserError("read-only")
@@ -277,7 +277,7 @@ def test_a_split_as_large_as_the_set_is_refused():
         data.stratified_split(Split(torch.zeros(4, 3, 1, 1), torch.zeros(4, dtype=torch.int64)), 4, seed=0)
 
 
-def test_calibration_pictures_are_drawn_from_the_training_pictures():
+def test_calibration_images_are_drawn_from_the_training_images():
     train = Split(torch.arange(50).view(-1, 1, 1, 1), torch.arange(50))
     drawn = data.calibration_split(train, 20, seed=3)
     assert len(set(drawn.labels.tolist())) == 20
@@ -286,7 +286,7 @@ def test_calibration_pictures_are_drawn_from_the_training_pictures():
     assert len(data.calibration_split(train, 999, seed=3)) == 50
 
 
-def test_batches_are_all_pictures_in_order():
+def test_batches_are_all_images_in_order():
     split = Split(torch.arange(10).view(-1, 1, 1, 1), torch.arange(10))
     assert [batch.labels.tolist() for batch in data.batches(split, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
@@ -302,7 +302,7 @@ def test_normalization_against_known_pixels():
         assert torch.equal(y[:, c], (large[:, c].float() - (c + 1)) / 7.0)
 
 
-def test_normalization_for_a_data_set_is_that_of_its_training_pictures():
+def test_normalization_for_a_data_set_is_that_of_its_training_images():
     images = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) // 2
     normal = data.normalization_for("folder", Split(images, torch.zeros(200)))
     assert normal.mean == tuple(round(float(images[:, c].float().mean())) for c in range(3))
@@ -311,7 +311,7 @@ def test_normalization_for_a_data_set_is_that_of_its_training_pictures():
 
 
 def plain_augment(image: np.ndarray, kind: Augmentation, normal: Normalization, draw: np.ndarray) -> np.ndarray:
-    """One picture [3, S, S], pixel by pixel."""
+    """One image [3, S, S], pixel by pixel."""
     size = image.shape[-1]
     out = np.zeros((3, size, size), np.float32)
     down, right = (int(draw[i] * (2 * kind.pad + 1)) - kind.pad for i in (0, 1))

@@ -29,7 +29,7 @@ def program():
 
 
 @pytest.fixture
-def call(program, run_main, pictures, tmp_path, monkeypatch):
+def call(program, run_main, image_folder, tmp_path, monkeypatch):
     """Calls test.py on a random three-class network with its data and results in temporary folders."""
     monkeypatch.chdir(tmp_path)
     model = random_model(0.1, classes=3)
@@ -38,7 +38,7 @@ def call(program, run_main, pictures, tmp_path, monkeypatch):
     checkpoints.save(content, tmp_path / "c.safetensors")
 
     def run(*argv, checkpoint=True, data=True):
-        first = ["--checkpoint", "c.safetensors"] * checkpoint + ["--data-dir", str(pictures)] * data
+        first = ["--checkpoint", "c.safetensors"] * checkpoint + ["--data-dir", str(image_folder)] * data
         return run_main(program, *first, *argv)
 
     return run
@@ -89,7 +89,7 @@ def test_a_grid_goes_on_where_it_stopped(call, program, monkeypatch):
     assert sizes["2"] < sizes["8"]
 
 
-def test_the_picture_of_a_grid_is_of_this_grid(call, monkeypatch):
+def test_the_figure_of_a_grid_is_of_this_grid(call, monkeypatch):
     import report
 
     drawn = []
@@ -100,7 +100,7 @@ def test_the_picture_of_a_grid_is_of_this_grid(call, monkeypatch):
     assert [sorted(frame[report.WEIGHTS]) for frame in drawn] == [[4, 8]] * 2
 
 
-def test_the_checkpoint_that_was_not_named_is_said(call, pictures):
+def test_the_checkpoint_that_was_not_named_is_said(call, image_folder):
     Path("checkpoints").mkdir()
     Path("c.safetensors").rename("checkpoints/mnv2_fp32_best.pth")
     code, _, err = call(checkpoint=False)
@@ -111,8 +111,8 @@ def test_the_checkpoint_that_was_not_named_is_said(call, pictures):
     assert code == 2 and name in out and f"{name} knows airplane" in err
 
 
-def test_the_same_grid_on_other_pictures_is_measured(call, pictures):
-    shutil.copytree(pictures, "other")
+def test_the_same_grid_on_other_images_is_measured(call, image_folder):
+    shutil.copytree(image_folder, "other")
     next((Path("other") / "test" / "class0").iterdir()).unlink()
     grid = ["--weight-bits", "8,4", "--rounding", "plain"]
     assert call(*grid)[0] == 0
@@ -208,10 +208,10 @@ def test_the_method_names_only_what_it_changed(program):
     assert program.point_of(settings).method == "auto+equalize=True"
 
 
-def test_an_agent_gets_no_bits_that_nobody_gave(program, call, pictures):
+def test_an_agent_gets_no_bits_that_nobody_gave(program, call, image_folder):
     """Its run takes the parameters of a sweep as they are: no bits given are none, not 32."""
     Path("b.yaml").write_text("layers: {classifier.1: 4}\n")
-    settings = program.Settings(checkpoint=Path("c.safetensors"), data_dir=pictures, bits_file=Path("b.yaml"))
+    settings = program.Settings(checkpoint=Path("c.safetensors"), data_dir=image_folder, bits_file=Path("b.yaml"))
     subject = program.load_subject(settings)
     with pytest.raises(UserError, match="layers lacks features.0.0"):
         program.evaluate(settings, subject, program.fp32_score(settings, subject), Path("p.safetensors"))

@@ -12,7 +12,7 @@ from quantization import QuantizedNetwork, predictor
 
 
 def small_network(seed: int = 0) -> tuple[Network, torch.Tensor]:
-    """A network of width 0.1 with batch norm that fits its 24 pictures of 16x16."""
+    """A network of width 0.1 with batch norm that fits its 24 images of 16x16."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 256, (24, 3, 4, 4), generator=generator, dtype=torch.uint8)
     images = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)

@@ -49,7 +49,7 @@ def test_multiply_adds_of_layers_counted_by_hand():
 
 
 @pytest.mark.parametrize("size", [8, 16, 24, 32])
-def test_pictures_from_8x8_up_work(size):
+def test_images_from_8x8_up_work(size):
     x = torch.randn(2, 3, size, size)
     model = MobileNetV2(Architecture(10, 0.1))
     features = model.features(x)

@@ -29,8 +29,8 @@ def row(peers, tool: str, bits: str, accuracy: float, size: int, **others: str) 
         "accuracy": str(accuracy),
         "bytes": str(size),
         "quantize_seconds": "1",
-        "pictures_per_second": "2",
-        "test_pictures": "10000",
+        "images_per_second": "2",
+        "test_images": "10000",
         "stored": "quantized",
         **others,
     }
@@ -69,14 +69,14 @@ def test_rows_of_another_machine_are_told(peers) -> None:
     assert peers.machines(rows[:1]) == "A"
 
 
-def test_ours_come_from_a_grid_of_the_same_checkpoint_and_pictures(peers, tmp_path: Path) -> None:
+def test_ours_come_from_a_grid_of_the_same_checkpoint_and_images(peers, tmp_path: Path) -> None:
     import results
 
     path, zeros = tmp_path / "results.csv", dict.fromkeys(results.COLUMNS, 0)
     cells = dict(weight_quant_bits=4, activation_quant_bits=None, weight_per_channel=True, method="auto")
-    cells |= dict(checkpoint_hash="abc", dataset_crc32="def", calib_pictures=512, test_acc_quantized=90.5)
+    cells |= dict(checkpoint_hash="abc", dataset_crc32="def", calib_images=512, test_acc_quantized=90.5)
     results.append(path, zeros | cells)
-    common = dict(checkpoint_hash="abc", dataset_crc32="def", calibration_pictures=512, seed=0)
+    common = dict(checkpoint_hash="abc", dataset_crc32="def", calibration_images=512, seed=0)
     settings = peers.Settings(grid=path)
     found = peers.from_grid(settings, common, "ours", "4/32")
     assert found["accuracy"] == 90.5 and found["arithmetic"] == "float"

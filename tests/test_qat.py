@@ -25,16 +25,16 @@ RECIPE = training.Recipe(epochs=10, batch_size=8, lr=0.01, warmup_epochs=0, augm
 
 
 @pytest.fixture(scope="module")
-def fp32(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of width 0.1 that knows the three classes of the folder `pictures` (they differ in brightness)."""
+def fp32(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of width 0.1 that knows the three classes of the folder `images` (they differ in brightness)."""
     path = tmp_path_factory.mktemp("fp32") / "c.pth"
-    settings = dict(data_dir=pictures, width_mult=0.1, epochs=6, batch_size=8, val_size=6, lr=0.05, save_path=path)
+    settings = dict(data_dir=image_folder, width_mult=0.1, epochs=6, batch_size=8, val_size=6, lr=0.05, save_path=path)
     train.train(train.Settings(device="cpu", **settings))
     return path
 
 
-def arguments(fp32: Path, pictures: Path, path: Path, epochs: int = 2) -> list[str]:
-    text = f"--qat --checkpoint {fp32} --data-dir {pictures} --save-path {path} --epochs {epochs} --batch-size 8"
+def arguments(fp32: Path, image_folder: Path, path: Path, epochs: int = 2) -> list[str]:
+    text = f"--qat --checkpoint {fp32} --data-dir {image_folder} --save-path {path} --epochs {epochs} --batch-size 8"
     more = "--device cpu --weight-quant-bits 2 --activation-quant-bits 4 --qat-lr 0.003"
     return [*text.split(), *more.split()]
 
@@ -70,26 +70,26 @@ def test_distillation_is_a_mean_of_both_losses(share: float, bf16: bool) -> None
 
 
 def test_the_packed_file_is_evaluated_by_test_py(
-    fp32: Path, pictures: Path, tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
+    fp32: Path, image_folder: Path, tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its accuracy is the one that training saw, and its size is that of 2-bit codes."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "q.safetensors"
-    code, out, err = run_main(train, *arguments(fp32, pictures, path))
+    code, out, err = run_main(train, *arguments(fp32, image_folder, path))
     assert code == 0, err
     network, info = load_packed(path)
     assert network.layers["features.2.conv.0.0"].grid.bits == 2
     assert {grid.bits for grid in network.activations.values()} == {4, 8}  # 8 before the classifier
-    dataset = data.load("folder", pictures)
+    dataset = data.load("folder", image_folder)
     accuracy = score(predictor(network), dataset.test, 8, "cpu").accuracy
     assert accuracy == pytest.approx(info["metrics"]["test_acc"])
-    code, out, err = run_main(test, "--packed", path, "--data-dir", pictures, "--output", tmp_path / "r.csv")
+    code, out, err = run_main(test, "--packed", path, "--data-dir", image_folder, "--output", tmp_path / "r.csv")
     assert code == 0 and f"w2a4: test_acc_quantized {accuracy:.2f}" in out, err
 
 
-def test_a_cut_run_ends_with_the_same_bits(fp32: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_cut_run_ends_with_the_same_bits(fp32: Path, image_folder: Path, tmp_path: Path) -> None:
     whole, cut = (tmp_path / name for name in ("whole.safetensors", "cut.safetensors"))
-    settings = train.parse(train.Settings, "", arguments(fp32, pictures, whole))
+    settings = train.parse(train.Settings, "", arguments(fp32, image_folder, whole))
     train.train(settings)
 
     class Cut(Exception):
@@ -114,8 +114,8 @@ def test_a_cut_run_ends_with_the_same_bits(fp32: Path, pictures: Path, tmp_path:
         ({"--checkpoint": "nowhere.pth"}, "nowhere.pth does not exist"),
     ],
 )
-def test_bad_input_is_one_line(change: dict, says: str, pictures: Path, tmp_path: Path, run_main) -> None:
-    words = arguments(tmp_path / "none.pth", pictures, tmp_path / "q.safetensors")
+def test_bad_input_is_one_line(change: dict, says: str, image_folder: Path, tmp_path: Path, run_main) -> None:
+    words = arguments(tmp_path / "none.pth", image_folder, tmp_path / "q.safetensors")
     for name, value in change.items():
         i = words.index(name)
         words[i : i + 2] = [] if value is None else [name, value]
@@ -134,23 +134,23 @@ def test_bad_input_is_one_line(change: dict, says: str, pictures: Path, tmp_path
     ],
 )
 def test_nothing_is_ignored_and_no_start_is_replaced(
-    flags: list, says: str, fp32: Path, pictures: Path, tmp_path: Path, run_main
+    flags: list, says: str, fp32: Path, image_folder: Path, tmp_path: Path, run_main
 ) -> None:
     before = fp32.read_bytes()
     words = [word.format(checkpoint=fp32) for word in flags]
-    words = ["--checkpoint", fp32, "--data-dir", pictures, "--save-path", tmp_path / "q", *words]
+    words = ["--checkpoint", fp32, "--data-dir", image_folder, "--save-path", tmp_path / "q", *words]
     code, _, err = run_main(train, *words)
     assert code == 2 and says in err and err.strip().count("\n") == 0
     assert fp32.read_bytes() == before and not (tmp_path / "q").exists()
 
 
-def test_another_data_set_is_refused(pictures: Path, tmp_path: Path, run_main) -> None:
+def test_another_data_set_is_refused(image_folder: Path, tmp_path: Path, run_main) -> None:
     model = MobileNetV2(Architecture(10, 0.1))
     known = checkpoints.Checkpoint(
         model.architecture, model.state_dict(), "digits", tuple("0123456789"), data.Normalization(), {}
     )
     checkpoints.save(known, tmp_path / "d.pth")
-    code, _, err = run_main(train, *arguments(tmp_path / "d.pth", pictures, tmp_path / "q.safetensors"))
+    code, _, err = run_main(train, *arguments(tmp_path / "d.pth", image_folder, tmp_path / "q.safetensors"))
     assert code == 2 and "other classes" in err
     assert not (tmp_path / "q.safetensors").exists()
 

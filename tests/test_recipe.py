@@ -46,11 +46,11 @@ def test_table_has_means_and_gains_over_the_default_of_the_same_seeds(recipe):
     ]
 
 
-def test_runs_are_trained_once_and_the_page_is_written(recipe, pictures, tmp_path, monkeypatch):
+def test_runs_are_trained_once_and_the_page_is_written(recipe, image_folder, tmp_path, monkeypatch):
     output, page, trained = tmp_path / "r.csv", tmp_path / "page.md", []
     page.write_text("before\n")
     argv = ["recipe.py", "--changes", "default,cutout 8", "--runs", str(tmp_path / "runs"), "--output", str(output)]
-    argv += ["--page", str(page), "--", "--data-dir", str(pictures), "--epochs", "1", "--width-mult", "0.1"]
+    argv += ["--page", str(page), "--", "--data-dir", str(image_folder), "--epochs", "1", "--width-mult", "0.1"]
     argv += ["--device", "cpu", "--batch-size", "16"]
     monkeypatch.setattr(sys, "argv", argv)
     real = train.train

@@ -17,7 +17,7 @@ FAST = Reconstruction(iterations=8, network_iterations=8, batch_size=8, held_out
 
 @pytest.fixture(scope="module")
 def done() -> tuple[Network, torch.Tensor, QuantizedNetwork, QuantizedNetwork, list]:
-    """(network, pictures, start, result, stages) at 4-bit weights and activations."""
+    """(network, images, start, result, stages) at 4-bit weights and activations."""
     network, images = small_network()
     start, stages = start_of(network, images, 4, 4), []
     result = reconstruct(network, start, images, FAST, on_stage=lambda *stage: stages.append(stage))
@@ -57,7 +57,7 @@ def test_no_stage_makes_its_loss_worse(done) -> None:
 
 
 def test_the_last_loss_is_that_of_the_result(done) -> None:
-    """Oracle: quantization.py's own forward pass of the network that comes back, on the held-out pictures."""
+    """Oracle: quantization.py's own forward pass of the network that comes back, on the held-out images."""
     network, images, start, result, stages = done
     held = images[-6:]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_packed_and_read_back(done, tmp_path: Path) -> None:
     assert torch.equal(predictor(network)(images), predictor(result)(images))
 
 
-def test_of_a_single_picture_nothing_is_learned(done) -> None:
+def test_of_a_single_image_nothing_is_learned(done) -> None:
     network, images, start, *_ = done
     assert reconstruct(network, start, images[:1], FAST) is start
 
@@ -111,7 +111,7 @@ def test_no_iterations_change_nothing() -> None:
 
 
 def test_tuning_comes_closer_and_moves_no_code() -> None:
-    """Oracle: quantization.py's forward pass, on the pictures that decided."""
+    """Oracle: quantization.py's forward pass, on the images that decided."""
     network, images = small_network()
     start = start_of(network, images, 2, 2)
     settings = Reconstruction(network_iterations=20, batch_size=8, held_out=0.25, scale_rate=0.01)

@@ -1,4 +1,4 @@
-"""report.py: tables against slow plain versions, pictures against what they must show."""
+"""report.py: tables against slow plain versions, figures against what they must show."""
 
 import itertools
 import math
@@ -152,15 +152,15 @@ def test_written_plots_are_whole_and_need_no_network(tmp_path, rows):
     from matplotlib.image import imread
 
     page = report.write_plots(report.to_frame(rows), tmp_path / "new" / "plot.png")
-    picture = imread(tmp_path / "new" / "plot.png")
-    assert picture.shape[1] > 1500 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 50
+    figure = imread(tmp_path / "new" / "plot.png")
+    assert figure.shape[1] > 1500 and len(np.unique(figure.reshape(-1, figure.shape[2]), axis=0)) > 50
     text = page.read_text()
     assert page == tmp_path / "new" / "plot.html" and "parcoords" in text
     assert "<script src=" not in text and 'src="http' not in text
     assert sorted(p.name for p in page.parent.iterdir()) == ["plot.html", "plot.png"]
 
 
-def test_picture_colours_lines_by_accuracy(tmp_path):
+def test_figure_colours_lines_by_accuracy(tmp_path):
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 

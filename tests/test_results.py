@@ -22,12 +22,12 @@ def test_rows_are_kept_and_found(tmp_path):
     assert results.has(rows, row(eval_seconds=3)) and not results.has(rows, row(seed=5))
 
 
-def test_a_file_without_the_newest_column_is_read_and_added_to(tmp_path):
+def test_a_file_of_an_older_version_is_read_and_added_to(tmp_path):
     path = tmp_path / "results.csv"
     results.append(path, row())
-    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
-    path.write_text("\n".join(lines) + "\n")
-    assert not results.has(results.read(path), row())  # on which pictures it was is not known
+    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]  # its last column is newer
+    path.write_text("\n".join(lines).replace("calib_images", "calib_pictures") + "\n")
+    assert not results.has(results.read(path), row())  # on which images it was is not known
     results.append(path, row())
     assert [r["dataset_crc32"] for r in results.read(path)] == ["", "dataset_crc32"]
     assert results.has(results.read(path), row())

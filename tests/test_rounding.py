@@ -142,7 +142,7 @@ def test_blocks_of_columns_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.3])
-def test_fewer_pictures_than_inputs_that_hardly_vary(spread):
+def test_fewer_images_than_inputs_that_hardly_vary(spread):
     """Centred moments of a classifier: without a floor under the damping, rounding errors make H indefinite."""
     generator = torch.Generator().manual_seed(0)
     x = 0.2 * torch.rand(640, generator=generator) + spread * torch.rand(34, 640, generator=generator)

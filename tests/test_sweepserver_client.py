@@ -259,7 +259,7 @@ print(json.dumps([[r.state, abs(r.config["x"] ** 2 - r.summary["y"]) < 1e-9, r.s
 MEDIA = """
 import json, numpy, wandb
 run = wandb.init(project="media", settings=wandb.Settings(save_code=True))
-run.log({"picture": wandb.Image(numpy.zeros((4, 4, 3), dtype="uint8")), "page": wandb.Html("<b>x</b>")})
+run.log({"image": wandb.Image(numpy.zeros((4, 4, 3), dtype="uint8")), "page": wandb.Html("<b>x</b>")})
 open("extra.txt", "w").write("kept")
 run.save("extra.txt")
 for i in range(2):
@@ -401,7 +401,7 @@ def test_agent_in_process(found):
 
 def test_media_code_files_and_artifact_versions(found):
     seen = found("media")
-    assert {"extra.txt", "media/images/picture", "media/html/page", "config.yaml"} <= set(seen["files"])
+    assert {"extra.txt", "media/images/image", "media/html/page", "config.yaml"} <= set(seen["files"])
     assert seen["versions"] == ["v0", "v1"] and (seen["a"], seen["b"], seen["extra"]) == ("same", "version 0", "kept")
     assert set(seen["aliases"][0]) == {"number-0", "kept"} and set(seen["aliases"][1]) == {"number-1", "latest"}
     assert seen["again"] == ["v0", "old", {"k": 1}] and seen["left"] == ["v0"]

@@ -237,10 +237,10 @@ def test_streams_are_stored_by_offset_so_that_a_retry_is_harmless(runs):
 
 
 def test_nested_metrics_are_kept_under_dotted_names_and_media_whole(runs):
-    run, picture = runs.get(1, "r0"), {"_type": "image-file", "path": "p"}
-    row = {"_step": 0, "a": {"b": 1.5, "c": {"d": 2, "p": picture}}, "e": {}}
+    run, image = runs.get(1, "r0"), {"_type": "image-file", "path": "p"}
+    row = {"_step": 0, "a": {"b": 1.5, "c": {"d": 2, "p": image}}, "e": {}}
     runs.stream(run, {"wandb-history.jsonl": {"offset": 0, "content": [json.dumps(row)]}})
-    assert runs.rows(run, "history") == [{"_step": 0, "a.b": 1.5, "a.c.d": 2, "a.c.p": picture, "e": {}}]
+    assert runs.rows(run, "history") == [{"_step": 0, "a.b": 1.5, "a.c.d": 2, "a.c.p": image, "e": {}}]
     assert runs.sampled(run, {"keys": ["a.b"]}) == [{"a.b": 1.5}]
     assert runs.history_keys(run)["keys"]["a.c.d"]["typeCounts"] == [{"type": "number", "count": 1}]
 

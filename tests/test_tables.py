@@ -20,7 +20,7 @@ def tables():
 
 def rows():
     common = dict(weight_quant_bits=4, test_acc_fp32=90.0, model_size_mb=1.0, compression_ratio_model=9.0)
-    common |= dict(checkpoint_hash="abc", calib_pictures=512)
+    common |= dict(checkpoint_hash="abc", calib_images=512)
     made = [(8, "auto", 0, 89.0), (8, "auto", 1, 89.5), (8, "plain", 0, 88.0), (4, "auto", 0, 85.0)]
     made += [(8, "auto+entropy", 0, 50.0)]
     names = ("activation_quant_bits", "method", "seed", "test_acc_quantized")
@@ -32,7 +32,7 @@ def test_accuracies_and_drops(tables):
     lines = tables.accuracies(frame).splitlines()
     assert lines[4] == "| 4 | **89.25 ± 0.35** (88.00) |  | **85.00** |  | 1.000 MB | 9.00 times |"
     lines = tables.drops(frame).splitlines()
-    assert lines[0] == "| w/a | aim | auto, 512 pictures | plain, 512 pictures |"
+    assert lines[0] == "| w/a | aim | auto, 512 images | plain, 512 images |"
     assert "| 4/8 | 0.4 | 0.75 ± 0.35 | 2.00 |" in lines and "| 4/4 | 2.0 | 5.00 |  |" in lines
     assert lines[-1] == "FP32 90.00 %."
 

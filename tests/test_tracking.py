@@ -26,7 +26,7 @@ from errors import run_main
 @dataclass(frozen=True)
 class Settings:
     weight_quant_bits: int | None = option(None, "bits", aliases=("weight_bits",), low=2, high=8)
-    batch_size: int = option(128, "pictures at once", low=1)
+    batch_size: int = option(128, "images at once", low=1)
     checkpoint: Path = option(Path("checkpoint.bin"), "file")
     output: Path = option(Path("out.txt"), "file")
     sleep: float = option(0.0, "seconds")

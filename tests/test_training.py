@@ -31,13 +31,13 @@ from subject import split_as_trained
 from training import Recipe
 from traininglog import Epoch, open_log
 
-# 44 of the 48 training pictures of the fixture remain after --val-size 5 is cut to a tenth of them: 3 steps an epoch.
+# 44 of the 48 training images of the fixture remain after --val-size 5 is cut to a tenth of them: 3 steps an epoch.
 # On the CPU: there a cut run ends with the same bits.
 FAST = dict(device="cpu", width_mult=0.1, batch_size=14, epochs=3, lr=0.05, progressive_sizes=(8,), val_size=5)
 
 
-def settings(pictures: Path, folder: Path, **changes) -> train.Settings:
-    return train.Settings(data_dir=pictures, save_path=folder / "net.safetensors", **{**FAST, **changes})
+def settings(image_folder: Path, folder: Path, **changes) -> train.Settings:
+    return train.Settings(data_dir=image_folder, save_path=folder / "net.safetensors", **{**FAST, **changes})
 
 
 def log_rows(folder: Path) -> list[list[str]]:
@@ -67,9 +67,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_cut_at_every_second_step_ends_with_the_same_bits(tmp_path, pictures, monkeypatch, variant):
+def test_a_run_cut_at_every_second_step_ends_with_the_same_bits(tmp_path, image_folder, monkeypatch, variant):
     one, other = tmp_path / "one", tmp_path / "other"
-    train.train(settings(pictures, one, **VARIANTS[variant]))
+    train.train(settings(image_folder, one, **VARIANTS[variant]))
     learning_rate, steps = training.learning_rate, 0
 
     def cut(done, recipe):
@@ -83,7 +83,7 @@ def test_a_run_cut_at_every_second_step_ends_with_the_same_bits(tmp_path, pictur
     cuts = 0
     for _ in range(40):
         try:
-            train.train(settings(pictures, other, resume=True, **VARIANTS[variant]))
+            train.train(settings(image_folder, other, resume=True, **VARIANTS[variant]))
             break
         except Interrupted:
             cuts += 1
@@ -91,9 +91,9 @@ def test_a_run_cut_at_every_second_step_ends_with_the_same_bits(tmp_path, pictur
     assert_same_end(one, other)
 
 
-def test_a_run_cut_during_an_evaluation_ends_with_the_same_bits(tmp_path, pictures, monkeypatch):
+def test_a_run_cut_during_an_evaluation_ends_with_the_same_bits(tmp_path, image_folder, monkeypatch):
     one, other = tmp_path / "one", tmp_path / "other"
-    train.train(settings(pictures, one))
+    train.train(settings(image_folder, one))
     plain = train.score
     cut = []
 
@@ -105,17 +105,17 @@ def test_a_run_cut_during_an_evaluation_ends_with_the_same_bits(tmp_path, pictur
     monkeypatch.setattr(train, "score", cut_score)
     for _ in range(3):
         with pytest.raises(Interrupted):
-            train.train(settings(pictures, other, resume=True))
-    train.train(settings(pictures, other, resume=True))
+            train.train(settings(image_folder, other, resume=True))
+    train.train(settings(image_folder, other, resume=True))
     assert_same_end(one, other)
 
 
-def test_a_real_process_killed_and_stopped_goes_on_with_the_same_bits(tmp_path, pictures):
+def test_a_real_process_killed_and_stopped_goes_on_with_the_same_bits(tmp_path, image_folder):
     """SIGKILL, then SIGTERM at moments that nobody chose; then, in this process, to the end."""
     one, other = tmp_path / "one", tmp_path / "other"
     changes = dict(epochs=15, ema_decay=0.9, dropout=0.2)
-    train.train(settings(pictures, one, **changes))
-    wanted = settings(pictures, other, resume=True, **changes)
+    train.train(settings(image_folder, one, **changes))
+    wanted = settings(image_folder, other, resume=True, **changes)
     argv = [sys.executable, "train.py", *train.to_argv(wanted)]
     moments = random.Random(0)
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
@@ -132,9 +132,9 @@ def test_a_real_process_killed_and_stopped_goes_on_with_the_same_bits(tmp_path, 
     assert_same_end(one, other)
 
 
-def test_a_kill_between_checkpoint_log_and_state_is_made_good(tmp_path, pictures, monkeypatch):
+def test_a_kill_between_checkpoint_log_and_state_is_made_good(tmp_path, image_folder, monkeypatch):
     one, other = tmp_path / "one", tmp_path / "other"
-    train.train(settings(pictures, one))
+    train.train(settings(image_folder, one))
     saves, save_state = [], train.save_state
 
     def killed(run):
@@ -145,56 +145,56 @@ def test_a_kill_between_checkpoint_log_and_state_is_made_good(tmp_path, pictures
 
     monkeypatch.setattr(train, "save_state", killed)
     with pytest.raises(ZeroDivisionError):
-        train.train(settings(pictures, other))
+        train.train(settings(image_folder, other))
     assert len(log_rows(other)) == 2
-    train.train(settings(pictures, other, resume=True))
+    train.train(settings(image_folder, other, resume=True))
     assert_same_end(one, other)
 
 
-def test_resume_says_what_does_not_fit(tmp_path, pictures, monkeypatch, capsys):
+def test_resume_says_what_does_not_fit(tmp_path, image_folder, monkeypatch, capsys):
     state = tmp_path / "net.safetensors.resume"
-    train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+    train.train(settings(image_folder, tmp_path, epochs=1, resume=True))
     assert "nothing to resume" in capsys.readouterr().out
 
     saved = (tmp_path / "net.safetensors").read_bytes()
-    train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+    train.train(settings(image_folder, tmp_path, epochs=1, resume=True))
     assert "this run is finished" in capsys.readouterr().out
     assert (tmp_path / "net.safetensors").read_bytes() == saved
     with pytest.raises(UserError, match="--epochs 1, not 2; give the same settings"):
-        train.train(settings(pictures, tmp_path, epochs=2, resume=True))
+        train.train(settings(image_folder, tmp_path, epochs=2, resume=True))
 
     with pytest.raises(UserError, match="net.safetensors is there already; give another --save-path"):
-        train.train(settings(pictures, tmp_path, epochs=1))
+        train.train(settings(image_folder, tmp_path, epochs=1))
     assert (tmp_path / "net.safetensors").read_bytes() == saved
 
     monkeypatch.setattr(train, "save_finished", lambda _: None)
     (tmp_path / "net.safetensors").unlink()
-    train.train(settings(pictures, tmp_path, epochs=1))
+    train.train(settings(image_folder, tmp_path, epochs=1))
     for name, value in (("lr", 0.1), ("batch_size", 5), ("ema_decay", 0.5), ("progressive_sizes", (8, 16))):
         with pytest.raises(UserError, match=f"--resume: .*{train.flag(name)} "):
-            train.train(settings(pictures, tmp_path, **{"epochs": 1, name: value}, resume=True))
-    with pytest.raises(UserError, match="--resume: .* is of other pictures"):
-        pixels = data.load("folder", pictures)
+            train.train(settings(image_folder, tmp_path, **{"epochs": 1, name: value}, resume=True))
+    with pytest.raises(UserError, match="--resume: .* is of other images"):
+        pixels = data.load("folder", image_folder)
         monkeypatch.setattr(
             data,
             "load",
             lambda *_: dataclasses.replace(pixels, train=Split(255 - pixels.train.images, pixels.train.labels)),
         )
-        train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+        train.train(settings(image_folder, tmp_path, epochs=1, resume=True))
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(UserError, match="resume cannot be read .*delete it"):
-        train.train(settings(pictures, tmp_path, epochs=1, resume=True))
+        train.train(settings(image_folder, tmp_path, epochs=1, resume=True))
     (tmp_path / "net.safetensors").unlink()
-    train.train(settings(pictures, tmp_path, epochs=1))  # a damaged state does not keep a new run from starting
+    train.train(settings(image_folder, tmp_path, epochs=1))  # a damaged state does not keep a new run from starting
 
 
-def test_a_lost_checkpoint_is_said_and_a_new_one_saved(tmp_path, pictures, monkeypatch, capsys):
+def test_a_lost_checkpoint_is_said_and_a_new_one_saved(tmp_path, image_folder, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(training, "next_epoch", lambda state: os.kill(os.getpid(), signal.SIGTERM) or next_epoch(state))
         with pytest.raises(Interrupted):
-            train.train(settings(pictures, tmp_path))
+            train.train(settings(image_folder, tmp_path))
     (tmp_path / "net.safetensors").unlink()
-    saved = train.train(settings(pictures, tmp_path, resume=True))
+    saved = train.train(settings(image_folder, tmp_path, resume=True))
     assert "the best checkpoint so far is lost" in capsys.readouterr().out
     assert saved.metrics == checkpoints.load(tmp_path / "net.safetensors").metrics
 
@@ -205,15 +205,15 @@ next_epoch = training.next_epoch
 # ----------------------------------------------------------------------------------------------- what a run leaves
 
 
-def test_the_best_epoch_on_validation_is_saved_and_its_figures_are_true(tmp_path, pictures):
+def test_the_best_epoch_on_validation_is_saved_and_its_figures_are_true(tmp_path, image_folder):
     rows: list[Epoch] = []
     learning = dict(epochs=6, batch_size=8, lr=0.02, progressive_sizes=(), ema_decay=0.8)
-    saved = train.train(settings(pictures, tmp_path, **learning), on_epoch=rows.append)
+    saved = train.train(settings(image_folder, tmp_path, **learning), on_epoch=rows.append)
     assert rows[-1].train_acc > 80 and rows[-1].train_loss < rows[0].train_loss  # the classes differ in brightness
     best = max(rows, key=lambda row: (row.val.accuracy, -row.epoch))
     assert (saved.metrics["epoch"], saved.metrics["val_acc"]) == (best.epoch, best.val.accuracy)
     loaded = checkpoints.load(tmp_path / "net.safetensors")
-    test = data.load("folder", pictures).test
+    test = data.load("folder", image_folder).test
     again = score(normalized(checkpoints.build_model(loaded), loaded.normalization), test, 5, "cpu")
     assert again.accuracy == saved.metrics["test_acc"] == best.test.accuracy
     assert math.isclose(again.loss, best.test.loss, rel_tol=1e-4)
@@ -223,18 +223,19 @@ def test_the_best_epoch_on_validation_is_saved_and_its_figures_are_true(tmp_path
     assert all(len(line.split()) == len(lines[1].split()) for line in lines[2:])
 
 
-def test_without_validation_the_last_epoch_is_saved(tmp_path, pictures):
-    saved = train.train(settings(pictures, tmp_path, val_size=0, eval_every=2))
+def test_without_validation_the_last_epoch_is_saved(tmp_path, image_folder):
+    saved = train.train(settings(image_folder, tmp_path, val_size=0, eval_every=2))
     assert (saved.metrics["epoch"], saved.metrics["val_acc"]) == (3, None)
     assert [row[-2:] for row in log_rows(tmp_path)][0] == ["-", "-"]
 
 
-def test_means_of_an_epoch_cut_by_the_clock_are_over_the_pictures_seen(tmp_path, pictures):
+def test_means_of_an_epoch_cut_by_the_clock_are_over_the_images_seen(tmp_path, image_folder):
     rows: list[Epoch] = []
     recipe = dict(lr=0.0, max_minutes=1e-6, pad=0, flip=False, warmup_epochs=0.0)
-    saved = train.train(settings(pictures, tmp_path, **recipe), on_epoch=rows.append)
+    saved = train.train(settings(image_folder, tmp_path, **recipe), on_epoch=rows.append)
     assert [row.epoch for row in rows] == [1] and saved.metrics["epoch"] == 1
-    run = train.start(settings(pictures, tmp_path, dataset="folder", **recipe), Recipe(**{}), torch.device("cpu"), None)
+    one = settings(image_folder, tmp_path, dataset="folder", **recipe)
+    run = train.start(one, Recipe(**{}), torch.device("cpu"), None)
     order, _ = data.epoch_draws(len(run.train), 0, 0, "cpu")
     batch = run.train[order[:14]]  # one step was done
     x = torch.nn.functional.interpolate(run.normalization(batch.images), (8, 8), mode="bilinear", antialias=True)
@@ -245,8 +246,8 @@ def test_means_of_an_epoch_cut_by_the_clock_are_over_the_pictures_seen(tmp_path,
     assert math.isclose(rows[0].train_acc, 100 * float((logits.argmax(1) == batch.labels).float().mean()), abs_tol=0.01)
 
 
-def test_divergence_is_one_line_and_leaves_no_checkpoint(tmp_path, pictures, run_main):
-    wild = settings(pictures, tmp_path, lr=1e30, warmup_epochs=0.0)
+def test_divergence_is_one_line_and_leaves_no_checkpoint(tmp_path, image_folder, run_main):
+    wild = settings(image_folder, tmp_path, lr=1e30, warmup_epochs=0.0)
     code, _, err = run_main(train, *train.to_argv(wild))
     assert code == 2 and err.startswith("error: training diverged in epoch ") and err.count("\n") == 1
     assert "--lr" in err and not (tmp_path / "net.safetensors").exists()
@@ -270,24 +271,24 @@ def test_divergence_is_one_line_and_leaves_no_checkpoint(tmp_path, pictures, run
         ("--pretrained --width-mult 0.5", "--pretrained has weights for --width-mult 1.0 only"),
     ],
 )
-def test_bad_input_is_one_line_before_the_first_step(tmp_path, pictures, run_main, flags, message):
+def test_bad_input_is_one_line_before_the_first_step(tmp_path, image_folder, run_main, flags, message):
     if "--device cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     (tmp_path / "file").write_text("hello")
-    line = f"--data-dir {pictures} --save-path {tmp_path}/net.pth {flags}".format(tmp=tmp_path)
+    line = f"--data-dir {image_folder} --save-path {tmp_path}/net.pth {flags}".format(tmp=tmp_path)
     code, _, err = run_main(train, *line.split())
     assert code == 2 and err.count("\n") == 1
     assert message.format(tmp=tmp_path) in err and err.startswith("error: ")
     assert sorted(os.listdir(tmp_path)) == ["file"]
 
 
-def test_compiling_without_a_compiler_is_one_line(tmp_path, pictures, run_main, monkeypatch):
+def test_compiling_without_a_compiler_is_one_line(tmp_path, image_folder, run_main, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/g++ -O3")
-    code, _, err = run_main(train, *train.to_argv(settings(pictures, tmp_path, compile=True)))
+    code, _, err = run_main(train, *train.to_argv(settings(image_folder, tmp_path, compile=True)))
     assert code == 2 and "no /nonexistent/g++" in err and "--compile" in err and err.count("\n") == 1
 
 
-def test_starting_from_a_checkpoint(tmp_path, pictures, capsys):
+def test_starting_from_a_checkpoint(tmp_path, image_folder, capsys):
     torch.manual_seed(5)
     for classes, width in ((3, 0.1), (10, 0.1), (3, 0.2)):
         model = MobileNetV2(Architecture(classes, width))
@@ -299,14 +300,14 @@ def test_starting_from_a_checkpoint(tmp_path, pictures, capsys):
     still = dict(lr=0.0, epochs=1)
     for first, same in (("3-0.1", True), ("10-0.1", False)):
         path = tmp_path / f"{first}.pth"
-        end = train.train(settings(pictures, tmp_path / first, checkpoint=path, **still))
+        end = train.train(settings(image_folder, tmp_path / first, checkpoint=path, **still))
         begin = checkpoints.load(path)
         assert end.normalization == begin.normalization
         assert torch.equal(end.state["features.0.0.weight"], begin.state["features.0.0.weight"])
         assert ("the classifier starts anew" in capsys.readouterr().out) != same
         assert torch.equal(end.state["classifier.1.weight"], begin.state["classifier.1.weight"]) if same else True
     with pytest.raises(UserError, match="3-0.2.pth does not fit a network of width 0.1"):
-        train.train(settings(pictures, tmp_path / "wide", checkpoint=tmp_path / "3-0.2.pth", **still))
+        train.train(settings(image_folder, tmp_path / "wide", checkpoint=tmp_path / "3-0.2.pth", **still))
 
 
 def test_the_readmes_line_parses():
@@ -324,7 +325,7 @@ def test_the_readmes_line_parses():
 # -------------------------------------------------------------------------------------------------- pieces of a step
 
 
-def test_learning_rate_and_picture_size_by_hand():
+def test_learning_rate_and_image_size_by_hand():
     recipe = Recipe(epochs=10, warmup_epochs=2, lr=1.0)
     assert training.learning_rate(0.1, recipe) == pytest.approx(0.5)
     assert training.learning_rate(0.2, recipe) == 1.0
@@ -333,7 +334,7 @@ def test_learning_rate_and_picture_size_by_hand():
     assert training.learning_rate(0.9, dataclasses.replace(recipe, scheduler="constant")) == 1.0
     assert training.learning_rate(0.0, dataclasses.replace(recipe, warmup_epochs=0.0)) == 1.0
     sized = dataclasses.replace(recipe, progressive_sizes=(16, 24, 32))
-    assert [training.picture_size(done, sized, 32) for done in (0, 0.33, 0.34, 0.66, 0.67, 1.0)] == [
+    assert [training.image_size(done, sized, 32) for done in (0, 0.33, 0.34, 0.66, 0.67, 1.0)] == [
         16,
         16,
         24,
@@ -341,7 +342,7 @@ def test_learning_rate_and_picture_size_by_hand():
         32,
         32,
     ]
-    assert training.picture_size(0.0, recipe, 28) == 28
+    assert training.image_size(0.0, recipe, 28) == 28
 
 
 def test_progress_is_by_epochs_or_by_the_clock_whichever_is_further():
@@ -357,7 +358,7 @@ def test_batches_of_an_epoch_are_whole():
 
 
 def test_one_step_is_pytorchs_sgd_by_hand():
-    """Weight decay on matrices only, Nesterov momentum, label smoothing, normalised pictures, channels_last."""
+    """Weight decay on matrices only, Nesterov momentum, label smoothing, normalised images, channels_last."""
     torch.manual_seed(0)
     model = MobileNetV2(Architecture(4, 0.1))
     split = Split(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.randint(0, 4, (6,)))
@@ -495,9 +496,9 @@ def test_measuring_costs_changes_nothing():
     assert pace.size_costs(model, (32,), 16) == (1.0,)
 
 
-def test_a_resumed_run_goes_on_in_its_part_of_the_log(pictures, tmp_path):
+def test_a_resumed_run_goes_on_in_its_part_of_the_log(image_folder, tmp_path):
     """Also with another limit on the clock, and more than once."""
-    one = settings(pictures, tmp_path, epochs=3)
+    one = settings(image_folder, tmp_path, epochs=3)
     for minutes, epochs in ((0.0, 1), (50.0, 2), (60.0, 3)):
         seen = []
 
@@ -513,9 +514,9 @@ def test_a_resumed_run_goes_on_in_its_part_of_the_log(pictures, tmp_path):
     assert [line.split()[0] for line in lines] == ["#", "epoch", "1", "2", "3"]
 
 
-def test_a_run_that_is_over_gives_back_its_checkpoint_without_validation(pictures, tmp_path):
+def test_a_run_that_is_over_gives_back_its_checkpoint_without_validation(image_folder, tmp_path):
     """Killed after the last state was saved, before the note that the run is finished."""
-    one = settings(pictures, tmp_path, val_size=0, epochs=1)
+    one = settings(image_folder, tmp_path, val_size=0, epochs=1)
     saved = tmp_path / "net.safetensors.resume"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_finished", lambda _: None)
@@ -525,24 +526,24 @@ def test_a_run_that_is_over_gives_back_its_checkpoint_without_validation(picture
     assert again.metrics == made.metrics
 
 
-def test_weights_that_go_on_keep_their_held_out_pictures_apart(pictures, tmp_path, capsys):
-    first = train.train(settings(pictures, tmp_path, epochs=1, seed=3))
+def test_weights_that_go_on_keep_their_held_out_images_apart(image_folder, tmp_path, capsys):
+    first = train.train(settings(image_folder, tmp_path, epochs=1, seed=3))
     (tmp_path / "b").mkdir()
     second = train.train(
-        settings(pictures, tmp_path / "b", epochs=1, seed=4, checkpoint=tmp_path / "net.safetensors")
+        settings(image_folder, tmp_path / "b", epochs=1, seed=4, checkpoint=tmp_path / "net.safetensors")
     )
     assert first.metrics["val_crc32"] == second.metrics["val_crc32"] and second.metrics["split_seed"] == 3
-    everything = data.load("folder", pictures).train
+    everything = data.load("folder", image_folder).train
     for made in (first, second):
         rest, held_out = split_as_trained(made, everything)
         assert data.split_checksum(held_out) == made.metrics["val_crc32"]
     assert "another order" not in capsys.readouterr().err
-    with pytest.raises(UserError, match="--val-size is 2, but .*trained without 4 pictures"):
+    with pytest.raises(UserError, match="--val-size is 2, but .*trained without 4 images"):
         again = dict(epochs=1, val_size=2, checkpoint=tmp_path / "net.safetensors")
-        train.train(settings(pictures, tmp_path / "c", **again))
+        train.train(settings(image_folder, tmp_path / "c", **again))
     whole = dict(epochs=1, val_size=0)
-    train.train(settings(pictures, tmp_path / "d", **whole))
-    train.train(settings(pictures, tmp_path / "e", epochs=1, checkpoint=tmp_path / "d" / "net.safetensors"))
+    train.train(settings(image_folder, tmp_path / "d", **whole))
+    train.train(settings(image_folder, tmp_path / "e", epochs=1, checkpoint=tmp_path / "d" / "net.safetensors"))
     assert "may have trained it" in capsys.readouterr().err
     split_as_trained(first, everything[torch.arange(len(everything) - 1, -1, -1)])
     assert "another order" in capsys.readouterr().err
