@@ -74,12 +74,10 @@ def sensitivities(
     """Every layer at every width, alone, by the plan's method. images: uint8 [N, 3, H, W], training images: the last
     few (MEASURED, a quarter at most) measure the harm, the others round. entropy: bytes are counted after coding.
     on_layer(name) tells progress. UserError for a single image: one rounds, another measures."""
-    if len(images) < 2:
-        raise UserError("mixed precision needs two calibration images at least; give more with --calib-batches")
+    rounding_images, measuring = parts(images)
     choices = [bits for bits in choices if bits > 1 or not plan.symmetric]  # one bit has no middle code
     network, plan = prepared(network, images, plan)
-    held_out = min(MEASURED, max(1, len(images) // 4))
-    sums = layer_moments(network, images[:-held_out])
+    sums = layer_moments(network, rounding_images)
     layers: dict[str, dict[int, Layer]] = {}
     for op in network.weighted:
         moments = sums.pop(op.name)
@@ -89,7 +87,7 @@ def sensitivities(
     def variants(op: Op) -> dict[int, Variant]:
         return {bits: ran_with(op, layer, network.caps.get(op.name)) for bits, layer in layers.get(op.name, {}).items()}
 
-    harms = output_harms(network, images[-held_out:], variants)
+    harms = output_harms(network, measuring, variants)
     return {
         op.name: {
             bits: Trial(harms[op.name][bits], layer_bytes(op, layer, entropy), layer)
@@ -103,9 +101,11 @@ def sensitivities(
 def value_sensitivities(
     network: Network, images: Tensor, plan: Plan, choices: Sequence[int] = CHOICES[1:]
 ) -> dict[str, dict[int, Trial]]:
-    """Every stored value but the image and the logits, alone, on the plan's kind of grid; bytes: of one image."""
+    """Every stored value but the image and the logits, alone, on the plan's kind of grid; bytes: of one image. images
+    and errors as in `sensitivities`: the last few measure, the others give the ranges."""
+    range_images, measuring = parts(images)
     network, plan = prepared(network, images, plan)
-    seen, stored = observe(network, images), stored_values(network.ops)
+    seen, stored = observe(network, range_images), stored_values(network.ops)
     elements = value_sizes(network.ops, network.weights, images.shape[-1])
 
     def variants(op: Op) -> dict[int, Variant]:
@@ -114,11 +114,19 @@ def value_sensitivities(
         grids = {b: activation_grid(seen[op.name], b, op.unsigned, plan.act_range, plan.percentile) for b in choices}
         return {b: lambda inputs, g=grid: fake_quantize(run_float(network, op, inputs), g) for b, grid in grids.items()}
 
-    harms = output_harms(network, images[:MEASURED], variants)
+    harms = output_harms(network, measuring, variants)
     return {
         name: {bits: Trial(harm, compression.packed_bytes(elements[name], bits)) for bits, harm in row.items()}
         for name, row in harms.items()
     }
+
+
+def parts(images: Tensor) -> tuple[Tensor, Tensor]:
+    """(images that round or give ranges, the last few, which measure the harm and were not seen before)."""
+    if len(images) < 2:
+        raise UserError("mixed precision needs two calibration images at least; give more with --calib-batches")
+    measuring = min(MEASURED, max(1, len(images) // 4))
+    return images[:-measuring], images[-measuring:]
 
 
 def with_value_bits(network: Network, images: Tensor, plan: Plan, mean: float) -> Plan:
@@ -317,9 +325,10 @@ def fit_size(
 def smallest_within(
     table: Table, most_drop: float, build: Build, drop: Callable[[QuantizedNetwork], float], precision: float = 0.01
 ) -> tuple[dict[str, int], QuantizedNetwork, float]:
-    """(bits, network, its drop): the smallest network whose `drop` is at most `most_drop`, by bisection over budgets
-    (in proportion, until they are `precision` apart). Every candidate is built and measured; drops need not be
-    monotonic, but the one returned kept the promise. UserError where even the largest choice does not."""
+    """(bits, network, its drop): the smallest network found whose `drop` is at most `most_drop`, by bisection over
+    budgets (in proportion, until they are `precision` apart). Every candidate is built and measured; drops need not be
+    monotonic, so a smaller one may exist, but the one returned kept the promise. UserError where even the largest
+    choice does not."""
     low, high = (float(total_bytes(table, pick)) for pick in (smallest_bits(table), largest_bits(table)))
     best: tuple[dict[str, int], QuantizedNetwork, float] | None = None
     tried: dict[tuple[int, ...], float] = {}

@@ -80,13 +80,15 @@ METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
 def method_plan(
     method: str, weight_bits: int | None, activation_bits: int | None, per_channel: bool = True
 ) -> tuple[Plan, str]:
-    """(plan, name of the method).
+    """(plan, name of the method). ValueError for a method that there is not.
 
     plain: what a first textbook would do: min-max weights rounded to nearest, min-max activations, nothing corrected.
     auto: what won on validation images of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent with
     corrected biases; 8 bits at both ends where the rest has 3 or fewer; equalization where activations have 4 or
     fewer; scales and biases tuned where both have 2. reconstruct: the same, then gradients.
     """
+    if method not in ("auto", *METHODS):
+        raise ValueError(f"method {method!r}; expected auto, {', '.join(METHODS)}")
     plan = Plan(weight_bits, activation_bits, per_channel)
     if method == "plain":
         return replace(plan, act_range="minmax"), method

@@ -157,7 +157,7 @@ def gptq(problem: Problem, grids: Candidates) -> Tensor:
             w[..., j:stop] -= errors[..., j, None] * upper[:, j, j:stop]
         block = errors[..., start:stop]
         if stop < k:
-            w[..., stop:] -= block @ upper[0, start:stop, stop:]
+            w[..., stop:] -= times_h(block, upper[:, start:stop, stop:])
     return torch.empty_like(u).scatter_(2, order.expand(count, out, -1), u).double()
 
 
@@ -180,12 +180,19 @@ def descend(problem: Problem, u: Tensor, grids: Candidates, cycles: int) -> Tens
                 residual[start:stop].addcmul_(columns[j, start:stop], new - u[j], value=-1)
                 u[j] = new
             if k > BLOCK:
-                change = (u[start:stop] - before[start:stop]).flatten(1)
+                change = u[start:stop] - before[start:stop]
                 for part in (slice(0, start), slice(stop, k)):
-                    residual[part] -= (h[0, part, start:stop] @ change).view_as(residual[part])
+                    residual[part] -= reached(h[:, part, start:stop], change)
         if torch.equal(u, before):
             break
     return u.permute(1, 2, 0).double()
+
+
+def reached(h: Tensor, change: Tensor) -> Tensor:
+    """What a change [b, A, out] of a block of codes does to other columns, [p, A, out]; h [groups, p, b]."""
+    if len(h) == 1:
+        return (h[0] @ change.flatten(1)).view(-1, *change.shape[1:])
+    return torch.einsum("gpb,bag->pag", h, change)
 
 
 def best_scale(problem: Problem, u: Tensor, grids: Candidates) -> Candidates:
@@ -206,7 +213,10 @@ def best_rows(problem: Problem, u: Tensor, grids: Candidates) -> tuple[Tensor, C
 def round_rows(
     problem: Problem, grids: Candidates, method: str, fit_scale: bool, rounds: int = 3
 ) -> tuple[Tensor, Candidates]:
-    """(codes with the zero-point taken off [1, out, k], grids [1, out]): the best candidate of each row."""
+    """(codes with the zero-point taken off [1, out, k], grids [1, out]): the best candidate of each row. ValueError for
+    a method that is none of METHODS."""
+    if method not in METHODS:
+        raise ValueError(f"rounding method {method!r}; expected one of {', '.join(METHODS)}")
     if method == "nearest":
         return best_rows(problem, nearest(problem, grids), grids)
     u = gptq(problem, grids)

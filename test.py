@@ -137,7 +137,12 @@ class Settings:
         group="mixed precision",
     )
 
-    batch_size: int = option(256, "images at once; changes the speed, never the result", low=1, group="evaluation")
+    batch_size: int = option(
+        256,
+        "images at once; changes the speed and, with weights and activations quantized, never the result",
+        low=1,
+        group="evaluation",
+    )
     seed: int = option(0, "of the choice of calibration images", low=0, high=MOST_SEED, group="evaluation")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="evaluation")
 

@@ -57,7 +57,9 @@ class Scheduler:
                     raise Refused("a new sweep needs a configuration")
                 sweep_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
                 self.store.insert("sweep", id=sweep_id, project=project, config=given["config"], created=now(),
-                                  state=given.get("state") or "PENDING", **columns)
+                                  state="PENDING", **columns)
+                if given.get("state"):
+                    self._set_state(sweep_id, given["state"].upper())
                 self._adopt(sweep_id, project, search, parsed(given.get("priorRunsFilters")))
                 return sweep_id
             if self.sweep(sweep_id) is None:

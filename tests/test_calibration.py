@@ -91,13 +91,29 @@ def test_the_same_again_is_the_same(case):
 
 def test_observed_extremes_are_exact(case):
     network, calibration, _, _ = case
-    seen, low = observe(network, calibration), {}
+    seen, low, high = observe(network, calibration), {}, {}
 
     def do(op, inputs):
         y = run_float(network, op, inputs)
-        low[op.name] = float(y.min())
+        low[op.name], high[op.name] = float(y.min()), float(y.max())
         return y
 
     walk(network.ops, network.normalization(calibration), do)
     assert set(seen) == set(low) and INPUT not in seen
-    assert all(abs(seen[name].low - low[name]) < 1e-4 for name in low)
+    assert all(abs(seen[name].low - low[name]) < 1e-4 and abs(seen[name].high - high[name]) < 1e-4 for name in low)
+
+
+def test_a_method_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="'foo'; expected auto, plain"):
+        method_plan("foo", 8, 8)
+
+
+@pytest.mark.parametrize("weights", [8, 4, 3, 2, None])
+@pytest.mark.parametrize("activations", [8, 5, 4, 3, 2, None])
+def test_what_auto_does_at_which_bits(weights, activations):
+    plan, name = method_plan("auto", weights, activations)
+    few = any(bits in (2, 3) for bits in (weights, activations))
+    assert (plan.rounding, plan.act_range, plan.bias_correction, name) == ("cd", "mse", True, "auto")
+    assert plan.edge_bits == (8 if few else None)
+    assert plan.equalize == (activations in (4, 3, 2))
+    assert plan.tune == ((weights, activations) == (2, 2))

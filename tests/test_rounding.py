@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,15 +131,61 @@ def test_codes_and_grid_describe_the_rounded_layer(name, method):
     assert method != "cd" or (squared_error(op, dequantize(codes, grid), x, y, True) <= plain * 1.05).all()
 
 
-def test_blocks_of_columns_change_nothing(monkeypatch):
+def gptq_column_by_column(h, b, scale, low, high):
+    """The paper's algorithm 1 for one row in float64, without blocks: columns by falling diagonal of h [k, k], from the
+    optimum b h^-1; the error of each goes into those that are left, by what h^-1 of these says."""
+    order = np.argsort(-np.diag(h), kind="stable")
+    h, b, u = h[np.ix_(order, order)], b[order], np.zeros(len(b))
+    w = np.linalg.solve(h, b)
+    for j in range(len(b)):
+        u[j] = np.clip(np.round(w[j] / scale), low, high)
+        inverse = np.linalg.inv(h[j:, j:])
+        w[j:] -= (w[j] - u[j] * scale) / inverse[0, 0] * inverse[0]
+    return u[np.argsort(order, kind="stable")]
+
+
+@pytest.mark.parametrize("block", [3, 32])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gptq_is_the_papers_algorithm(name, block, monkeypatch):
+    monkeypatch.setattr(rounding, "BLOCK", block)
+    op, weight, x, y = layer(name)
+    sums = rounding.moments(op, x, y, tuple(weight.shape[2:]))
+    problem = rounding.make_problem(weight, sums, centred=True)
+    grids = rounding.candidates(weight, weight_grid(weight, 3), False, ())
+    found = rounding.gptq(problem, grids)[0].numpy()
+    for row, codes in enumerate(found):
+        h, b = problem.h[row if len(problem.h) > 1 else 0].numpy(), problem.b[row].numpy()
+        scale, low, high = (float(t[0, row]) for t in (grids.scale, grids.low, grids.high))
+        assert np.array_equal(codes, gptq_column_by_column(h, b, scale, low, high))
+
+
+def long_layer(name):
+    """(op, weight, inputs) with more taps than are in a block."""
     generator = torch.Generator().manual_seed(3)
-    weight, x = torch.randn(7, 50, generator=generator), torch.randn(200, 50, generator=generator)
-    sums = rounding.moments(Op("l", "linear", ("x",)), x, x @ weight.T, ())
+    if name == "linear":
+        weight, x = torch.randn(7, 50, generator=generator), torch.randn(200, 50, generator=generator)
+        return Op("l", "linear", ("x",)), weight, x
+    op = Op("l", "conv", ("x",), padding=3, groups=4)
+    x = torch.randn(4, 8, 1, 1, generator=generator) * torch.randn(6, 8, 12, 12, generator=generator).cumsum(3)[:4]
+    return op, torch.randn(4, 1, 7, 7, generator=generator), x[:, :4]
+
+
+@pytest.mark.parametrize("name", ["linear", "depthwise"])
+def test_blocks_of_columns_change_nothing(name, monkeypatch):
+    op, weight, x = long_layer(name)
+    sums = rounding.moments(op, x, run(op, weight, x), tuple(weight.shape[2:]))
     found = []
     for block in (4, 64):
         monkeypatch.setattr(rounding, "BLOCK", block)
         found.append(rounding.round_weight(weight, sums, weight_grid(weight, 3), "cd", True, False, ())[0])
     assert (found[0] != found[1]).float().mean() < 0.02  # float32 sums in another order may move a tie
+
+
+def test_an_unknown_method_is_refused():
+    op, weight, x, y = layer("linear")
+    sums = rounding.moments(op, x, y, ())
+    with pytest.raises(ValueError, match="'best'; expected one of nearest, gptq, cd"):
+        rounding.round_weight(weight, sums, weight_grid(weight, 3), "best", True, False, ())
 
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.3])

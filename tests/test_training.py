@@ -537,6 +537,8 @@ def test_weights_that_go_on_keep_their_held_out_images_apart(image_folder, tmp_p
     for made in (first, second):
         rest, held_out = split_as_trained(made, everything)
         assert data.split_checksum(held_out) == made.metrics["val_crc32"]
+        assert len(rest) + len(held_out) == len(everything)
+        assert not {i.numpy().tobytes() for i in rest.images} & {i.numpy().tobytes() for i in held_out.images}
     assert "another order" not in capsys.readouterr().err
     with pytest.raises(UserError, match="--val-size is 2, but .*trained without 4 images"):
         again = dict(epochs=1, val_size=2, checkpoint=tmp_path / "net.safetensors")
