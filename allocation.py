@@ -219,6 +219,8 @@ def allocate(table: Table, budget: float) -> dict[str, int]:
         raise UserError(f"a budget of {budget:.0f} bytes is below the least there is, {smallest}; give more")
     bounds = [relaxation([options[name] for name in names[i:]]) for i in range(len(names) + 1)]
     known = rounded_relaxation([options[name] for name in names], budget)
+    # Both it and the bounds add up differences of large harms: a state within what that loses of digits stays.
+    known += 1e-9 * known + 1e-12 * sum(max(trial.harm for trial in row.values()) for row in table.values())
     costs, harms = np.zeros(1), np.zeros(1)
     history = []  # for each row: (index of the state it came from, bits)
     for name, bound in zip(names, bounds[1:], strict=True):
@@ -226,7 +228,7 @@ def allocate(table: Table, budget: float) -> dict[str, int]:
         new_costs, new_harms = (costs[:, None] + sizes).ravel(), (harms[:, None] + added).ravel()
         left = budget - new_costs
         least = new_harms + np.interp(left, *bound, left=np.inf)
-        keep = np.flatnonzero((left >= bound[0][0]) & (least <= known * (1 + 1e-9) + 1e-15))
+        keep = np.flatnonzero((left >= bound[0][0]) & (least <= known))
         keep = keep[np.lexsort((new_harms[keep], new_costs[keep]))]
         before = np.concatenate([[np.inf], np.minimum.accumulate(new_harms[keep])[:-1]])
         keep = keep[new_harms[keep] < before]
@@ -295,8 +297,8 @@ def fit_size(
     """The least harm whose whole file, by `size` of the network that `build` makes, takes at most `target` bytes.
 
     What the rows do not count (header, grids, coder's tables) is learned from the layers of the table, put together
-    without a new calibration; if the built network then is too large all the same, the budget shrinks by the excess.
-    UserError where the target is out of reach."""
+    without a new calibration; if the built network then is too large all the same, the budget shrinks by the excess,
+    and what comes last is the smallest choice. UserError where the target is out of reach."""
     start = float_network(network)
 
     def rest(bits: Mapping[str, int]) -> int:
@@ -311,15 +313,15 @@ def fit_size(
     for _ in range(3):
         overhead = rest(allocate(table, max(target - overhead, total_bytes(table, bits))))
     for _ in range(tries):
-        if target - overhead < total_bytes(table, bits):
-            break
-        chosen = allocate(table, target - overhead)
+        chosen = allocate(table, max(target - overhead, total_bytes(table, bits)))
         built = build(chosen)
         excess = size(built) - target
         if excess <= 0:
             return chosen, built
+        if chosen == bits:
+            break
         overhead += excess
-    raise UserError(f"--target-size-mb {target / 1e6:g} is out of reach by a little; give a larger one")
+    raise UserError(f"--target-size-mb {target / 1e6:g} is out of reach; give {excess / 1e6:.6f} more")
 
 
 def smallest_within(

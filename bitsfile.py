@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[dict[str, int], dict[str, int]]:
         document = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--bits-file {path} cannot be read ({error}); make one with --target-size-mb") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of a date that is none, of [[[[...
         raise UserError(f"--bits-file {path} is not YAML ({error}); expected layers: and values:") from None
     if not isinstance(document, dict) or set(document) - set(PARTS) or not any(document.values()):
         raise UserError(f"--bits-file {path}: expected the parts layers: and values:, one or both")

@@ -25,6 +25,7 @@ from quantization import (
     fake_quantize,
     float_network,
     quantize_layer,
+    round_bias,
     weight_grid,
 )
 from reconstruction import Reconstruction, reconstruct, tune
@@ -275,5 +276,5 @@ def round_layer(network: Network, op: Op, layer: Layer, sums: rounding.Moments, 
         )
     result = Layer(codes, grid, layer.bias)
     if plan.bias_correction:
-        result = replace(result, bias=(bias + rounding.bias_correction(result.weight, sums)).half().float())
+        result = replace(result, bias=round_bias(bias + rounding.bias_correction(result.weight, sums)))
     return result

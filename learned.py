@@ -1,7 +1,8 @@
 """A quantized network with gradients: codes, step sizes and biases as parameters, for reconstruction.py and qat.py.
 
-A forward pass computes what integer hardware will compute: codes are rounded to whole numbers, scales to float16,
-biases to float16 and to whole multiples of (weight scale x input scale). Backwards, rounding counts as the identity
+A forward pass computes what integer hardware will compute, but for ties that float32 breaks the other way: codes are
+rounded to whole numbers, scales to float16, biases to float16 and to whole multiples of (weight scale x input scale).
+Backwards, rounding counts as the identity
 (straight-through estimator: Bengio et al. 2013).
 
 Weights: w = s * clip(round(v), low, high) with v in units of the step s, so that all weights move alike under Adam: a
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from network import INPUT, Network, Op, apply_float, relu6, walk
-from quantization import Grid, Layer, QuantizedNetwork, round_scale
+from quantization import Grid, Layer, QuantizedNetwork, round_bias, round_scale
 
 MARGIN = 0.45  # how far from its code a latent code may start, in steps; at 0.5 it would be another code
 Drop = Callable[[Tensor, Tensor], Tensor]
@@ -134,7 +135,7 @@ class LearnedNetwork(nn.Module):
         grid = replace(before.grid, scale=self.weight_scale(name).detach().cpu())
         _, zero_point = grid.shaped(before.codes.ndim)
         codes = self.codes(name).detach().cpu() + zero_point
-        return Layer(codes.to(torch.uint8).contiguous(), grid, bias.half().float())
+        return Layer(codes.to(torch.uint8).contiguous(), grid, round_bias(bias))
 
 
 def before_relu6(op: Op, inputs: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:

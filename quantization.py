@@ -7,7 +7,7 @@ Choosing a grid (`weight_grid`, `activation_grid`) is apart from applying it (`q
 `integer_forward` runs a quantized network on the codes themselves, held in float32: sums of products of integers are
 exact there below 2^24, so with both weights and activations quantized the result is that of int32 hardware, to the
 last code, whatever the batch size or device. (A layer whose sums may be larger, as in wide networks at 8 bits, runs in
-float64: exact below 2^53. So does the stem on CUDA, see `transformed`.)
+float64: exact below 2^53. So does the stem on CUDA, see `transformed`. No trained network comes near int32's 2^31.)
 Scales and biases are rounded to float16 when a grid is made, before anything is evaluated: what is evaluated is what is
 packed. No quantization API of torch is used.
 """
@@ -24,6 +24,7 @@ from errors import UserError
 from models import Architecture
 from network import INPUT, Network, Op, walk
 
+HALF_MAX = 65504.0  # the largest float16
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; a channel whose range asks for less gets fewer levels
 # On a CPU images go through in parts, in evaluation and in calibration, whose activations stay in the cache: two to
 # four times as fast as 256 at once.
@@ -55,20 +56,37 @@ def make_grid(bits: int, low: Tensor, high: Tensor, symmetric: bool = False) -> 
     """The grid over [low, high] (widened to hold 0, which padding and ReLU need exactly), shapes [] or [channels].
 
     Symmetric: the zero-point is the middle code 2^(bits-1) and the scale is max(|low|, |high|) / (2^(bits-1) - 1).
+    UserError for a range whose scale float16 cannot hold.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     highest = 2**bits - 1
     if symmetric:
         middle = 2 ** (bits - 1)
-        scale = round_scale(torch.maximum(-low, high) / (middle - 1))
+        scale = round_scale(within_half(torch.maximum(-low, high) / (middle - 1), "scale"))
         return Grid(bits, scale, torch.full_like(scale, middle, dtype=torch.int32))
-    scale = round_scale((high - low) / highest)
+    scale = round_scale(within_half((high - low) / highest, "scale"))
     return Grid(bits, scale, (-low / scale).round().clamp(0, highest).int())
 
 
 def round_scale(scale: Tensor) -> Tensor:
     """To the nearest float16 number that is normal, as float32: this is the scale that the packed file holds."""
-    return scale.clamp(SMALLEST_SCALE, 65504.0).half().float()
+    return scale.clamp(SMALLEST_SCALE, HALF_MAX).half().float()
+
+
+def round_bias(bias: Tensor) -> Tensor:
+    """To the nearest float16 numbers, as float32: these are the biases that the packed file holds."""
+    return within_half(bias, "bias").half().float()
+
+
+def within_half(numbers: Tensor, what: str) -> Tensor:
+    """`numbers`; UserError where float16 cannot hold one of them, as of weights or norms that grew without limit."""
+    largest = float(numbers.abs().max())
+    if not largest < HALF_MAX + 8:  # what rounds to HALF_MAX; NaN is not below it either
+        raise UserError(
+            f"a {what} of {largest:.3g} does not fit in float16 (at most {HALF_MAX:g}): weights or norms of the "
+            "checkpoint are too large; train it again with a lower --lr or more --weight-decay"
+        )
+    return numbers
 
 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
@@ -206,7 +224,7 @@ class QuantizedNetwork:
 
 def quantize_layer(weight: Tensor, bias: Tensor, grid: Grid | None) -> Layer:
     """Rounds a weight to the nearest codes of its grid (None: keeps it in FP32)."""
-    return Layer(weight, None, bias) if grid is None else Layer(quantize(weight, grid), grid, bias.half().float())
+    return Layer(weight, None, bias) if grid is None else Layer(quantize(weight, grid), grid, round_bias(bias))
 
 
 def float_network(network: Network) -> QuantizedNetwork:

@@ -62,10 +62,10 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of a results file (or of another table, of those `columns`) as text; none where there is no file yet.
     What an older results file lacks is empty. UserError for a file of other columns, which is left alone."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(errors="surrogateescape")  # names of files may hold any bytes
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"--output {path} cannot be read ({error}); give another file") from None
     reader = csv.DictReader(io.StringIO(text))
     reader.fieldnames = [OLDER_NAMES.get(name, name) for name in reader.fieldnames or ()]
@@ -89,7 +89,7 @@ def append(
         writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_bytes(Path(path), out.getvalue().encode())
+        write_bytes(Path(path), out.getvalue().encode(errors="surrogateescape"))
     return rows
 
 

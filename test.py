@@ -87,7 +87,8 @@ class Settings:
     symmetric: bool = option(False, "zero-point in the middle of the weights' codes", group="quantization")
     rounding: str = option(
         "auto",
-        "how codes are chosen; auto: what won on validation at these bits",
+        "the method: how codes are chosen; auto: what won on validation at these bits",
+        aliases=["method"],
         choices=("auto", *METHODS),
         group="quantization",
     )
@@ -193,12 +194,12 @@ def main() -> int:
     points = [settings] if tracking.under_agent() else grid(settings)
     subject, fp32, known = None, None, 0
     choose_device(settings.device)  # what cannot be used is told before the data set is read
-    rows = results.read(settings.output)
+    results.read(settings.output)  # so is a file that is none of ours
     with tqdm(points, desc="grid", unit="point", disable=None if len(points) > 1 else True) as bar:
         for one in bar:
             if len(points) > 1:
                 subject = subject or load_subject(one)
-                if not one.again and results.has(rows, key(one, subject)):
+                if not one.again and results.has(results.read(one.output), key(one, subject)):
                     known += 1
                     continue
             with tracking.run(one, "evaluation", label, one.log_wandb) as tracked:
@@ -220,8 +221,8 @@ def main() -> int:
 
         if known:
             print(f"{known} of {len(points)} points are in {settings.output} already; --again measures them again")
-        keys = [key(one, subject) for one in points]  # the figure is of this grid alone
-        rows = [row for row in results.read(settings.output) if any(results.same(row, one) for one in keys)]
+        keys = [key(point, subject) for point in points]  # the figure is of this grid alone
+        rows = [row for row in results.read(settings.output) if any(results.same(row, point) for point in keys)]
         page = report.write_plots(report.to_frame(rows), settings.plot)
         print(f"wrote {settings.output}, {settings.plot} and {page}")
     return 0
@@ -233,10 +234,12 @@ def main() -> int:
 def grid(settings: Settings) -> list[Settings]:
     """One Settings per combination of the bits; several points cannot share one --save-packed."""
     check_used(settings)
-    pairs = list(itertools.product(settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,)))
+    axes = (settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,))
+    pairs = list(dict.fromkeys(itertools.product(*axes)))  # bits that are given twice count once
     if len(pairs) > 1:
         if settings.save_packed or settings.packed or settings.mixed:
-            name = "--save-packed" if settings.save_packed else "--packed" if settings.packed else "mixed precision"
+            given = ("save_packed", "packed", "bits_file", "target_size_mb", "max_drop", "target_activation_bits")
+            name = next(flag(n) for n in given if getattr(settings, n) is not None)
             raise UserError(f"{name} goes with one pair of bits, not with a grid of {len(pairs)}")
         if settings.plot.suffix != ".png":
             raise UserError(f"--plot is {settings.plot}; expected a .png, an .html is written beside it")
@@ -261,9 +264,9 @@ def check_used(settings: Settings) -> None:
 
 def check_targets(settings: Settings) -> None:
     """UserError where a result could not be written, or would replace what it is made from: before the work."""
-    sources = (settings.packed, settings.checkpoint or subjects.default_checkpoint())
+    sources = (settings.packed, settings.checkpoint or subjects.default_checkpoint(), settings.bits_file)
     if any(same_file(settings.save_packed, source) for source in sources):
-        raise UserError(f"--save-packed is {settings.save_packed}, which is evaluated; give it another name")
+        raise UserError(f"--save-packed is {settings.save_packed}, which is read here; give it another name")
     named = {"--save-packed": settings.save_packed, "--output": settings.output}
     if any(settings.searched):
         named["--bits-file"] = settings.bits_file
@@ -292,7 +295,8 @@ def point_of(settings: Settings) -> Point:
     plan, method = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
     plan = dataclasses.replace(plan, symmetric=settings.symmetric, layer_bits=layers, value_bits=values, **changes)
     notes = [f"{name}={value}" for name, value in changes.items()]
-    notes += ["symmetric"] * settings.symmetric + ["entropy"] * settings.entropy + ["mixed"] * settings.mixed
+    told = {"symmetric": settings.symmetric and weight_bits, "entropy": settings.entropy, "mixed": settings.mixed}
+    notes += [name for name, is_so in told.items() if is_so]
     return Point(weight_bits, activation_bits, plan, "+".join([method, *notes]))
 
 
@@ -356,7 +360,7 @@ def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> O
         point = with_mean_bits(point, quantized)
     calib_seconds = time.perf_counter() - begun
     info = described(settings, subject, fp32, point)
-    made = {"checkpoint": str(subject.path), "dataset_crc32": subject.dataset_crc32, "calib_seconds": calib_seconds}
+    made = {"checkpoint": str(subject.path), "batch_size": settings.batch_size, "calib_seconds": calib_seconds}
     row = info["row"] | made
     sizes = save_packed(quantized, path, info, entropy=settings.entropy)
     assert not settings.target_size_mb or sizes.total_bytes <= settings.target_size_mb * 1e6, "the file is too large"
@@ -419,6 +423,8 @@ def search_layers(
     if settings.target_size_mb:
         return *allocation.fit_size(subject.network, table, int(settings.target_size_mb * 1e6), build, size), []
     device = choose_device(settings.device)
+    if not len(subject.validation):
+        raise UserError("--max-drop needs images to choose on, and these training images are fewer than ten")
 
     def accuracy(quantized: QuantizedNetwork) -> float:
         return score(predictor(quantized, device), subject.validation, settings.batch_size, device).accuracy
@@ -464,6 +470,9 @@ def evaluate_packed(settings: Settings) -> Outcome:
             f"{settings.packed} was not written by test.py --save-packed; it does not name its classes"
         ) from None
     dataset = subjects.load_data(settings.dataset, settings.data_dir, settings.packed, hint, classes)
+    if known.get("dataset_crc32", dataset.crc32) != dataset.crc32:
+        print("note: the FP32 network was not measured on these images: no test_acc_fp32, no drop", file=sys.stderr)
+        known["test_acc_fp32"] = fp32 = None
     sizes = packed_sizes(settings.packed)
     row = (
         {name: None for name in results.COLUMNS}
@@ -493,7 +502,7 @@ def calib_images(settings: Settings, subject: Subject) -> int:
 
 
 def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, Any]:
-    """The cells that say which point this is, but for the images: --packed may be given others."""
+    """The cells that say which network this is, and on which images it was made."""
     quantized = point.weight_bits or point.activation_bits
     return {
         "dataset": subject.dataset,
@@ -501,20 +510,21 @@ def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, An
         "weight_quant_bits": point.weight_bits,
         "activation_quant_bits": point.activation_bits,
         "weight_per_channel": settings.per_channel,
-        "batch_size": settings.batch_size,
         "seed": settings.seed,
         "method": point.method,
         "calib_images": calib_images(settings, subject) if quantized else 0,
+        "dataset_crc32": subject.dataset_crc32,
     }
 
 
 def key(settings: Settings, subject: Subject) -> dict[str, Any]:
     """The cells by which results.csv knows a point (results.KEY)."""
-    return identity(settings, point_of(settings), subject) | {"dataset_crc32": subject.dataset_crc32}
+    return identity(settings, point_of(settings), subject) | {"batch_size": settings.batch_size}
 
 
-def measured(settings: Settings, network: QuantizedNetwork, test: data.Split, fp32: float) -> dict[str, float]:
-    """Accuracy of the packed network and how long it took; FP32 in place of what is not quantized."""
+def measured(settings: Settings, network: QuantizedNetwork, test: data.Split, fp32: float | None) -> dict[str, Any]:
+    """Accuracy of the packed network and how long it took; FP32 in place of what is not quantized. fp32: the accuracy
+    before, where it is known on these images."""
     device = choose_device(settings.device)
     forward = predictor(network, device)
     if device.type == "cpu":  # warm-up: threads; elsewhere kernels, also those of the last batch's size, and the wait
@@ -526,7 +536,7 @@ def measured(settings: Settings, network: QuantizedNetwork, test: data.Split, fp
     seconds = time.perf_counter() - begun
     return {
         "test_acc_quantized": quantized.accuracy,
-        "acc_drop": fp32 - quantized.accuracy,
+        "acc_drop": None if fp32 is None else fp32 - quantized.accuracy,
         "eval_seconds": seconds,
         "images_per_second": quantized.count / seconds,
     }
@@ -556,9 +566,10 @@ def layer_bar(network: Network) -> Iterator[Callable[[str], None]]:
 def summary(outcome: Outcome) -> str:
     row = outcome.row
     bits = [row[name] or 32 for name in ("weight_quant_bits", "activation_quant_bits")]
+    drop = f"FP32 {row['test_acc_fp32']:.2f}, drop {row['acc_drop']:.2f}" if row["acc_drop"] is not None else "no FP32"
     return (
-        f"w{bits[0]}a{bits[1]}: test_acc_quantized {row['test_acc_quantized']:.2f} % (FP32 {row['test_acc_fp32']:.2f}, "
-        f"drop {row['acc_drop']:.2f}), {row['model_size_mb']:.3f} MB of {row['model_size_fp32_mb']:.3f} "
+        f"w{bits[0]}a{bits[1]}: test_acc_quantized {row['test_acc_quantized']:.2f} % ({drop}), "
+        f"{row['model_size_mb']:.3f} MB of {row['model_size_fp32_mb']:.3f} "
         f"({row['compression_ratio_model']:.2f}x), unpacked in {outcome.unpack_seconds:.2f} s, "
         f"{row['images_per_second']:.0f} images/s"
     )

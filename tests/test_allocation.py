@@ -182,6 +182,33 @@ def test_the_smallest_network_within_a_drop():
         smallest_within(table, 1e-9, build, drop)
 
 
+@pytest.mark.parametrize("small", [1e-7, 1e-9, 0.0])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_generous_budget_gets_the_least_harm_however_small(seed, small):
+    """The bounds are differences of the large harms, which lose the digits of the small ones."""
+    draw = random.Random(seed)
+    table = {f"l{i}": {1: Trial(draw.random(), 100), 8: Trial(small * draw.random(), 800)} for i in range(53)}
+    assert set(allocate(table, 53 * 800).values()) == {8}
+
+
+def test_the_least_size_that_there_is_can_be_had(case, table, tmp_path):
+    network, images = case
+    plan = dataclasses.replace(method_plan("auto", 4, 8)[0], edge_bits=None)
+
+    def build(bits):
+        return quantize_network(network, images, dataclasses.replace(plan, layer_bits=bits))
+
+    def size(quantized):
+        return save_packed(quantized, tmp_path / "p", {}, entropy=True).total_bytes
+
+    least = size(build(allocation.smallest_bits(table)))
+    for more in (0, 1, 50):
+        bits, built = fit_size(network, table, least + more, build, size)
+        assert size(built) <= least + more
+    with pytest.raises(UserError, match="out of reach"):
+        fit_size(network, table, least - 1, build, size)
+
+
 def test_one_image_cannot_both_round_and_measure(case):
     network, images = case
     with pytest.raises(UserError, match="two calibration images"):

@@ -29,6 +29,9 @@ def test_a_bits_file_comes_back(network, tmp_path):
     [
         (None, "cannot be read"),
         ("layers: [", "not YAML"),
+        ("layers: {features.0.0: 2024-13-45}", "not YAML"),
+        ("layers: !!timestamp x", "not YAML"),
+        ("layers: " + 3000 * "[", "not YAML"),
         ("", "layers:"),
         ("- 1", "layers:"),
         ("layer: {pool: 2}", "layers:"),

@@ -121,6 +121,29 @@ def test_the_same_grid_on_other_images_is_measured(call, image_folder):
     assert len({r["dataset_crc32"] for r in results.read(Path("results.csv"))}) == 2
 
 
+def test_bits_given_twice_are_one_point(call):
+    assert call("--weight-bits", "8,8", "--act-bits", "8,4,8", "--rounding", "plain")[0] == 0
+    assert len(results.read(Path("results.csv"))) == 2
+
+
+def test_a_packed_file_on_other_images_has_no_fp32_accuracy(call, image_folder):
+    assert call("--weight-bits", "4", "--save-packed", "p.safetensors", "--rounding", "plain")[0] == 0
+    shutil.copytree(image_folder, "other")
+    next((Path("other") / "test" / "class0").iterdir()).unlink()
+    code, out, err = call("--packed", "p.safetensors", "--data-dir", "other", checkpoint=False, data=False)
+    assert code == 0 and "no FP32" in out and "not measured on these images" in err
+    made, other = results.read(Path("results.csv"))
+    assert made["acc_drop"] and (other["test_acc_fp32"], other["acc_drop"]) == ("", "")
+    assert made["dataset_crc32"] != other["dataset_crc32"]
+
+
+def test_a_packed_file_does_not_depend_on_the_batch_size(call):
+    for size in ("7", "1000"):
+        flags = ["--weight-bits", "4", "--rounding", "plain", "--batch-size", size, "--save-packed", size]
+        assert call(*flags)[0] == 0
+    assert Path("7").read_bytes() == Path("1000").read_bytes()
+
+
 def test_batch_size_changes_no_accuracy(call):
     for size in ("1", "5", "256"):
         assert call("--weight-bits", "3", "--act-bits", "3", "--batch-size", size, "--calib-batches", "1")[0] == 0
@@ -198,10 +221,21 @@ def test_bad_input_is_one_line_and_writes_nothing(call, flags, words):
     assert not Path("results.csv").exists()
 
 
+def test_a_largest_drop_needs_images_to_choose_on(call, image_folder):
+    shutil.copytree(image_folder, "few")
+    for folder in Path("few/train").iterdir():
+        for image in sorted(folder.iterdir())[3:]:
+            image.unlink()
+    code, _, err = call("--max-drop", "1", "--data-dir", "few", "--rounding", "nearest", data=False)
+    assert code == 2 and "--max-drop" in err and "fewer than ten" in err.splitlines()[-1]
+
+
 def test_targets_are_checked_before_the_work(call, program, monkeypatch):
     monkeypatch.setattr(program, "evaluate", lambda *_: pytest.fail("worked first"))
     Path("file").write_text("")
-    for flags in (["--output", "file/r.csv"], ["--save-packed", "file/p"]):
+    Path("b.yaml").write_text("layers: {classifier.1: 4}")
+    for flags in (["--output", "file/r.csv"], ["--save-packed", "file/p"], ["--save-packed", "b.yaml"]):
+        flags += ["--bits-file", "b.yaml"]
         code, _, err = call("--weight-bits", "4", *flags)
         assert code == 2 and flags[1] in err
 

@@ -22,6 +22,13 @@ def test_rows_are_kept_and_found(tmp_path):
     assert results.has(rows, row(eval_seconds=3)) and not results.has(rows, row(seed=5))
 
 
+def test_names_of_any_bytes_are_kept(tmp_path):
+    path, name = tmp_path / "r.csv", "caf\udce9.pth"  # the byte E9, as Python has it in names of files
+    for _ in range(2):
+        results.append(path, row(checkpoint=name))
+    assert [r["checkpoint"] for r in results.read(path)] == [name] * 2
+
+
 def test_a_file_of_an_older_version_is_read_and_added_to(tmp_path):
     path = tmp_path / "results.csv"
     results.append(path, row())
