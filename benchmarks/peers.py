@@ -8,8 +8,7 @@ All see the same FP32 checkpoint, calibration images (those that test.py draws),
 (held out of training by the checkpoint) and test images. The tools conflict, so each has its own environment, made
 from requirements-peers-TOOL.txt when first needed, and runs there as a process of its own (peer_worker.py): one that
 fails is reported as failed and stops nothing. Everything runs in one thread, and times are seconds of that thread on
-the processor, not of the clock: other work on the machine disturbs them little. Rows that come from a results file of
-test.py (--grid) have its times, of the clock.
+the processor, not of the clock: other work on the machine disturbs them little.
 """
 
 import dataclasses
@@ -61,7 +60,7 @@ BITS = ("8/8", "6/8", "4/8", "3/8", "2/8", "8/4", "6/6", "4/4", "2/4", "2/2", "8
 OURS = {"ours": "auto", "ours-plain": "plain"}  # the name in the table → --rounding of test.py
 FP32 = "FP32 network"
 QUANTIZED = "quantized"  # what the measured file holds; other words say what it holds instead
-UNKNOWN = "not recorded"  # machine and company of rows from a results file
+WORKS = 50.0  # percent; below, a tool's recipe has failed, and the distance to it tells nothing
 BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
 
 COLUMNS = (
@@ -110,7 +109,6 @@ class Settings:
     venvs: Path = option(Path(".venvs-peers"), "folder of the tools' environments and of the exported network")
     output: Path = option(HERE / "peers.csv", "one row for each measurement")
     page: Path = option(HERE / "README.md", "the table is written there, between its markers")
-    grid: Path | None = option(None, "take ours from this results file of test.py where it has them, not run them")
     beside: str = option("nothing", "what else ran on the machine, for the record")
     again: bool = option(False, "measure again what OUTPUT has already")
 
@@ -144,7 +142,7 @@ def main() -> None:
             continue
         print(f"{tool} {bits} ...", flush=True)
         if tool in (*OURS, FP32):
-            measured = from_grid(settings, common, tool, bits) or ours(material, tool, bits)
+            measured = ours(material, tool, bits)
         else:
             measured = peer(settings, material, tool, bits)
         row |= measured | {"date": datetime.date.today().isoformat()}
@@ -202,11 +200,9 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
     forward(split.images[:256])
     begun = time.process_time()
     result = score(forward, split, 256, "cpu")
-    plan = dataclasses.asdict(point.plan)
-    shown = ("weight_range", "act_range", "rounding", "bias_correction", "edge_bits", "equalize", "tune")
     return {
         "version": f"torch {torch.__version__}",
-        "settings": "" if tool == FP32 else ", ".join(f"{n} {plan[n]}".removesuffix(" True") for n in shown if plan[n]),
+        "settings": "" if tool == FP32 else f"test.py --rounding {OURS[tool]}",
         "accuracy": result.accuracy,
         "bytes": sizes.total_bytes,
         "quantize_seconds": seconds,
@@ -214,39 +210,6 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
         "arithmetic": "float" if pair[1] == 32 else "integers in float32",
         "stored": QUANTIZED,
     }
-
-
-def from_grid(settings: Settings, common: Mapping[str, Any], tool: str, bits: str) -> dict[str, Any] | None:
-    """The row that test.py wrote for the same checkpoint and images, if there is one; its times are of the clock."""
-    if not settings.grid or tool == FP32 or settings.limit_test:
-        return None
-    weight_bits, activation_bits = (b.replace("32", "") for b in bits.split("/"))
-    wanted = {
-        "weight_quant_bits": weight_bits,
-        "activation_quant_bits": activation_bits,
-        "weight_per_channel": "True",
-        "method": OURS[tool],
-        "checkpoint_hash": common["checkpoint_hash"],
-        "dataset_crc32": common["dataset_crc32"],
-        "calib_images": str(common["calibration_images"]),
-        "seed": str(common["seed"]),
-    }
-    for row in results.read(settings.grid):
-        if all(row[name] == value for name, value in wanted.items()):
-            return {
-                "version": f"torch {torch.__version__}",
-                "settings": f"test.py --rounding {OURS[tool]}",
-                "accuracy": float(row["test_acc_quantized"]),
-                "bytes": int(row["packed_bytes"]),
-                "quantize_seconds": float(row["calib_seconds"]),
-                "images_per_second": float(row["images_per_second"]),
-                "arithmetic": "float" if not activation_bits else "integers in float32",
-                "stored": QUANTIZED,
-                "machine": UNKNOWN,
-                "beside": UNKNOWN,
-                "note": f'Rows with the settings "test.py ..." are those of {settings.grid.name}: times of the clock.',
-            }
-    return None
 
 
 # -------------------------------------------------------------------------------------------------------------- others
@@ -361,7 +324,7 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
     lines = [
         f"Checkpoint {first['checkpoint_hash']}, FP32 {fp32:.2f} %; {first['calibration_images']} calibration "
         f"images, {' or '.join(choices)} to choose settings with, {first['test_images']} test images. "
-        f"{machines(rows)}; beside: {'; '.join(sorted({r['beside'] for r in rows} - {UNKNOWN}))}.",
+        f"{machines(rows)}; beside: {'; '.join(sorted({r['beside'] for r in rows}))}.",
         "",
         "| w/a | tool | settings | accuracy, % | drop | bytes on disk | s to quantize | images/s | arithmetic |",
         "|---|---|---|---:|---:|---:|---:|---:|---|",
@@ -384,7 +347,7 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
 
 def machines(rows: Sequence[Mapping[str, str]]) -> str:
     """The machine that most rows come from, and which rows come from others: times compare on one machine only."""
-    (most, _), *others = Counter(row["machine"] for row in rows if row["machine"] != UNKNOWN).most_common()
+    (most, _), *others = Counter(row["machine"] for row in rows).most_common()
     told = [most]
     for name, _ in others:
         here = ", ".join(f"{row['tool']} {row['bits']}" for row in rows if row["machine"] == name)
@@ -413,9 +376,10 @@ def verdict(rows: Sequence[Mapping[str, str]], bits: str) -> str | None:
         return None
     best = max(others, key=lambda r: float(r["accuracy"]))
     smallest = min(others, key=lambda r: (r["stored"] != QUANTIZED, int(r["bytes"])))
-    ahead = float(mine[0]["accuracy"]) - float(best["accuracy"])
+    ahead = f"{float(mine[0]['accuracy']) - float(best['accuracy']):+.2f}"
+    ahead = ahead if float(best["accuracy"]) >= WORKS else "none of them works"
     return (
-        f"| {bits} | {float(mine[0]['accuracy']):.2f} | {float(best['accuracy']):.2f} ({best['tool']}) | {ahead:+.2f} "
+        f"| {bits} | {float(mine[0]['accuracy']):.2f} | {float(best['accuracy']):.2f} ({best['tool']}) | {ahead} "
         f"| {int(mine[0]['bytes']):,} | {int(smallest['bytes']):,} ({smallest['tool']}) |"
     )
 
