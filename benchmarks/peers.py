@@ -41,7 +41,7 @@ from checkpoint import Checkpoint, build_model
 from cli import option, parse
 from compression import load_packed, save_packed
 from errors import UserError, run_main
-from evaluation import score
+from evaluation import Score, score
 from files import check_writable, write_between
 from quantization import float_network, predictor
 from subject import Subject
@@ -142,7 +142,8 @@ def main() -> None:
             continue
         print(f"{tool} {bits} ...", flush=True)
         if tool in (*OURS, FP32):
-            measured = ours(material, tool, bits)
+            fp32 = next((float(old["accuracy"]) for old in rows if old["tool"] == FP32 and fits(old, common)), None)
+            measured = ours(material, tool, bits, fp32)
         else:
             measured = peer(settings, material, tool, bits)
         row |= measured | {"date": datetime.date.today().isoformat()}
@@ -178,8 +179,9 @@ def load(settings: Settings) -> Material:
 # --------------------------------------------------------------------------------------------------------------- ours
 
 
-def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
-    """Quantized, packed, read back and evaluated with test.py's parts, as test.py does it."""
+def ours(material: Material, tool: str, bits: str, fp32: float | None) -> dict[str, Any]:
+    """Quantized, packed, read back and evaluated with test.py's parts, as test.py does it. fp32: the FP32 network's
+    accuracy, which the file's header holds; None where that is what is measured."""
     pair = tuple(int(b) for b in bits.split("/"))
     choice = test.Settings(
         weight_quant_bits=pair[:1], activation_quant_bits=pair[1:], rounding=OURS.get(tool, test.Settings().rounding)
@@ -193,8 +195,8 @@ def ours(material: Material, tool: str, bits: str) -> dict[str, Any]:
     seconds = time.process_time() - begun
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"
-        info = {"classes": material.subject.checkpoint.classes, "dataset": material.subject.checkpoint.dataset}
-        sizes = save_packed(quantized, path, info)
+        known = Score(fp32 or 0.0, 0.0, len(material.parts["test"]))
+        sizes = save_packed(quantized, path, test.described(choice, material.subject, known, point))
         forward = predictor(load_packed(path)[0])
     split = material.parts["test"]
     forward(split.images[:256])

@@ -29,6 +29,14 @@ GRID = (8, 6, 4, 2)
 AIMS = {"8/8": 0.1, "6/8": 0.1, "4/8": 0.4, "3/8": 1.0, "2/8": 3.0, "8/4": 1.5, "6/6": 0.3, "4/4": 2.0, "2/4": 5.0}
 AIMS |= {"2/2": 25.0}
 
+BEYOND = {  # method → what README.md calls it
+    "auto": "another width",
+    "auto+entropy": "entropy coding (`--entropy`, lossless)",
+    "auto+entropy+mixed": "mixed precision, entropy coding (`--max-drop`)",
+    "reconstruct": "`--rounding reconstruct --calib-batches 8`",
+    "qat": "fine-tuned with labels (`train.py --qat`)",
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,7 +44,7 @@ class Settings:
 
     results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
     first: Path = option(HERE / "results_first.csv", "the same of the network on which the methods were chosen")
-    readme: Path = option(HERE.parent / "README.md", "gets the table of accuracies")
+    readme: Path = option(HERE.parent / "README.md", "gets the tables of accuracies and of what goes beyond")
     page: Path = option(HERE / "README.md", "gets the tables of points below FP32 and of entropy-coded files")
 
 
@@ -45,6 +53,7 @@ def main() -> None:
     frame = read_one_checkpoint(settings.results)
     first = read_one_checkpoint(settings.first, "--first")
     write_table(settings.readme, "accuracies", accuracies(frame))
+    write_table(settings.readme, "beyond", beyond(frame))
     write_table(settings.page, "drops", drops(frame))
     write_table(settings.page, "drops of the first network", drops(first))
     write_table(settings.page, "entropy-coded files", coded([frame, first]))
@@ -77,7 +86,7 @@ def spread(numbers: Sequence[float]) -> str:
 
 def accuracies(frame: "pd.DataFrame") -> str:
     """Test accuracy at 4 x 4 pairs of bits, in brackets that of the plain method; bytes at 8-bit activations."""
-    lines = [f"| weights \\ activations | {' | '.join(map(str, GRID))} | packed file | smaller than FP32 |"]
+    lines = [f"| weights \\ activations, bits | {' | '.join(map(str, GRID))} | packed file | compression |"]
     lines.append("|---" * (len(GRID) + 3) + "|")
     for weights in GRID:
         cells = []
@@ -85,14 +94,31 @@ def accuracies(frame: "pd.DataFrame") -> str:
             ours, plain = (of(frame, weights, activations, method)[ACCURACY] for method in ("auto", "plain"))
             cells.append((f"**{spread(ours)}**" if len(ours) else "") + (f" ({spread(plain)})" if len(plain) else ""))
         sizes = of(frame, weights, GRID[0], "auto")
-        cells += [f"{sizes[SIZE].mean():.3f} MB", f"{sizes[RATIO].mean():.2f} times"] if len(sizes) else ["", ""]
+        cells += [f"{sizes[SIZE].mean():.3f} MB", f"{sizes[RATIO].mean():.2f}×"] if len(sizes) else ["", ""]
         lines.append(f"| {weights} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def beyond(frame: "pd.DataFrame") -> str:
+    """What goes beyond the table of accuracies: other widths and methods, one row each; means over seeds."""
+    lines = ["| | weights, bits | activations | accuracy, % | below FP32 | packed file | compression |"]
+    lines.append("|---|---|---|---:|---:|---:|---:|")
+    for method, name in BEYOND.items():
+        rows = frame[(frame["method"] == method) & ~(frame[WEIGHTS].isin(GRID) & (method == "auto"))]
+        for (weights, activations), part in rows.groupby([WEIGHTS, ACTIVATIONS]):
+            mean = f"{weights:.2f} on average" if "mixed" in method else f"{weights:g}"
+            lines.append(
+                f"| {name} | {mean} | {activations:g} | {spread(part[ACCURACY])} "
+                f"| {spread(part[FP32_ACCURACY] - part[ACCURACY])} | {part[SIZE].mean():.3f} MB "
+                f"| {part[RATIO].mean():.2f}× |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def drops(frame: "pd.DataFrame") -> str:
     """Points below FP32 by each method that was measured, beside the aim."""
-    methods = [m for m in dict.fromkeys(frame["method"]) if "+" not in m]  # as they are, with nothing changed by flags
+    names = dict.fromkeys(frame["method"])
+    methods = [m for m in names if "+" not in m and m != "qat"]  # post-training, with nothing changed by flags
     counts = [sorted({int(n) for n in frame[frame["method"] == m]["calib_images"] if n}) for m in methods]
     heads = [f"{m}, {' or '.join(map(str, n))} images" for m, n in zip(methods, counts, strict=True)]
     lines = ["| w/a | aim | " + " | ".join(heads) + " |", "|---" * (len(methods) + 2) + "|"]

@@ -30,7 +30,7 @@ def rows():
 def test_accuracies_and_drops(tables):
     frame = report.to_frame(rows())
     lines = tables.accuracies(frame).splitlines()
-    assert lines[4] == "| 4 | **89.25 ± 0.35** (88.00) |  | **85.00** |  | 1.000 MB | 9.00 times |"
+    assert lines[4] == "| 4 | **89.25 ± 0.35** (88.00) |  | **85.00** |  | 1.000 MB | 9.00× |"
     lines = tables.drops(frame).splitlines()
     assert lines[0] == "| w/a | aim | auto, 512 images | plain, 512 images |"
     assert "| 4/8 | 0.4 | 0.75 ± 0.35 | 2.00 |" in lines and "| 4/4 | 2.0 | 5.00 |  |" in lines
@@ -47,11 +47,23 @@ def test_coded_files_are_told_smallest_first(tables):
     ]
 
 
+def test_what_goes_beyond_is_told_by_method_and_size(tables):
+    common = rows()[0]
+    made = [dict(common, weight_quant_bits=3, seed=s, test_acc_quantized=88.0 + s) for s in (0, 1)]
+    made += [dict(common, method="qat", weight_quant_bits=2), dict(common, weight_quant_bits=4), *rows()]
+    assert tables.beyond(report.to_frame(made)).splitlines()[2:] == [
+        "| another width | 3 | 8 | 88.50 ± 0.71 | 1.50 ± 0.71 | 1.000 MB | 9.00× |",
+        "| entropy coding (`--entropy`, lossless) | 4 | 8 | 50.00 | 40.00 | 1.000 MB | 9.00× |",
+        "| fine-tuned with labels (`train.py --qat`) | 2 | 8 | 89.00 | 1.00 | 1.000 MB | 9.00× |",
+    ]
+
+
 def test_the_committed_tables_are_those_of_the_committed_results(tables):
     settings = tables.Settings()
     frame, first = tables.read_one_checkpoint(settings.results), tables.read_one_checkpoint(settings.first)
     page = settings.page.read_text()
-    assert tables.accuracies(frame) in settings.readme.read_text()
+    readme = settings.readme.read_text()
+    assert tables.accuracies(frame) in readme and tables.beyond(frame) in readme
     assert all(table in page for table in (tables.drops(frame), tables.drops(first), tables.coded([frame, first])))
 
 
