@@ -191,6 +191,17 @@ def test_layers_with_larger_sums_run_in_float64(monkeypatch):
         assert np.array_equal(made.numpy(), sums) == (kind == torch.float64)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_changes_no_bit(threads):
+    _, quantized, images = quantized_network(8, 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert np.array_equal(q.predictor(quantized)(images).numpy(), integer_logits(quantized, images))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_batch_size_changes_no_bit():
     _, quantized, images = quantized_network(4, 4)
     forward_ = q.predictor(quantized)
