@@ -6,9 +6,11 @@ examples:
   python sweep.py --no-server                                on the server of WANDB_BASE_URL, else on W&B's cloud
 """
 
+import ast
 import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import report
 import sweepresults
@@ -75,7 +78,7 @@ def page(folder: Path, path: str) -> str:
     ask = python("sweepserver", "link", "--data-dir", str(folder.resolve()))
     link = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     entity, project, name = path.split("/")
-    return f"{link}&next=/{entity}/{project}/sweeps/{name}"
+    return f"{link}&next={quote(f'/{entity}/{project}/sweeps/{name}')}"
 
 
 def configured(config: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,11 +109,14 @@ def create(sweep: Mapping[str, Any], folder: Path) -> str:
 
     path = folder / "sweep.yaml"
     write_bytes(path, yaml.safe_dump(dict(sweep), sort_keys=False, allow_unicode=True).encode())
-    done = subprocess.run(python("wandb", "sweep", str(path.resolve())), cwd=ROOT, capture_output=True, text=True)
-    found = re.search(r"wandb agent (\S+/\S+/\S+)", done.stdout + done.stderr)
+    command = python("wandb", "sweep", str(path.resolve()))
+    speaking = {**os.environ, "WANDB_SILENT": "false"}  # the id is in what it says
+    done = subprocess.run(command, cwd=ROOT, env=speaking, capture_output=True, text=True)
+    found = re.search(r"wandb agent (\S+/.+/\S+)$", done.stdout + done.stderr, re.MULTILINE)
     if done.returncode or not found:
         raise UserError(f"wandb sweep: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
-    return found[1]
+    quoted = found[1][0] in "'\""  # as Python quotes: a project's name has a space
+    return ast.literal_eval(found[1]) if quoted else found[1]
 
 
 def run_agents(path: str, count: int, folder: Path) -> None:
@@ -132,7 +138,7 @@ def run_agents(path: str, count: int, folder: Path) -> None:
                 with contextlib.suppress(UserError):  # a server that is away for a moment ends nothing
                     show_progress(bar, *tracking.sweep_states(path))
     except KeyboardInterrupt:
-        print(f"interrupted; the sweep goes on with: wandb agent {path}")
+        print(f"interrupted; the sweep goes on with: wandb agent {shlex.quote(path)}")
         raise SystemExit(130) from None
     finally:
         for agent in agents:
@@ -177,7 +183,7 @@ def main() -> int:
     path = create(sweep, settings.output)
     folder = settings.output / path.rsplit("/", 1)[-1]
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"sweep {path}; more agents: wandb agent {path}", flush=True)
+    print(f"sweep {path}; more agents: wandb agent {shlex.quote(path)}", flush=True)
     run_agents(path, settings.agents, folder)
 
     results = sweepresults.fetch_sweep(*path.split("/"), cache=settings.output)

@@ -6,8 +6,10 @@ imports what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,9 +182,12 @@ def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd
 
 def plain(value: Any, column: str) -> Any:
     """A value in the form in which two are compared: numbers as floats of twelve digits (steps of 0.1 add up to 0.3 in
-    several ways), missing bits as 32."""
+    several ways), also those that a sweep gives as text, missing bits as 32."""
     if value is None or value != value:
         return float(FLOAT_BITS) if column in BITS else None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value) if math.isfinite(float(value)) else value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(f"{value:.12g}")
     return str(value)

@@ -56,7 +56,7 @@ class Settings:
 
     checkpoint: Path | None = option(
         None,
-        "FP32 checkpoint (default: checkpoints/mnv2_fp32_best.pth if there, else the one that comes along)",
+        "FP32 checkpoint (default: checkpoints/mnv2_fp32_best.pth if there, else the bundled one)",
         group="what is evaluated",
     )
     packed: Path | None = option(None, "a packed file to evaluate instead of a checkpoint", group="what is evaluated")

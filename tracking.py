@@ -256,7 +256,8 @@ def read_sweep(entity: str | None, project: str | None, sweep: str | None, table
             found = api.sweep(f"{entity}/{project or PROJECT}/{sweep}")
         else:
             found = latest_sweep(api, entity, project)
-        runs = list(api.runs("/".join(found.path[:2]), filters={"sweep": found.id}, order="+created_at", lazy=False))
+        place = f"{found.entity}/{found.project}"
+        runs = list(api.runs(place, filters={"sweep": found.id}, order="+created_at", lazy=False))
         tables: dict[str, list[dict[str, Any]]] = {}
         for run in runs:
             key = str(run.summary.get(per) or 32)
@@ -266,10 +267,10 @@ def read_sweep(entity: str | None, project: str | None, sweep: str | None, table
     except (wandb.Error, ValueError) as error:
         refuse(error)
     return {
-        "path": "/".join(found.path),
+        "path": f"{place}/{found.id}",
         "name": found.name,
         "state": found.state,
-        "url": found.url,
+        "url": found.url.replace("+", "%20"),  # a space in a name, as no path spells it
         "config": found.config,
         "runs": [
             {

@@ -35,7 +35,7 @@ from vision import import_torchvision
 class Settings:
     """The command line of eval_speed.py."""
 
-    checkpoint: Path | None = option(None, "FP32 checkpoint (default: the one that comes along, else random weights)")
+    checkpoint: Path | None = option(None, "FP32 checkpoint (default: the bundled one, else random weights)")
     images: int = option(2048, "random images to evaluate", low=64)
     batch_size: int = option(256, "images at once", low=1)
     workers: int = option(2, "of the plain evaluation's DataLoader", low=0)

@@ -4,15 +4,17 @@ A version is PENDING until CommitArtifact, then gets its number and the alias `l
 the client uploads) lists its files by MD5, and those are stored once however many versions hold them.
 """
 
-import base64
 import hashlib
 import json
+import re
 import sqlite3
 
-from .files import Files, checked_name, hex_md5
+from .files import NO_FILE, Files, checked_name, hex_md5
 from .runs import Runs
-from .store import Store, iso, now, parsed
+from .store import Store, iso, now, opaque, opaque_key, parsed
 from .walker import Refused
+
+_VERSION = re.compile(r"v[0-9]+")
 
 
 class Artifacts:
@@ -25,11 +27,14 @@ class Artifacts:
 
     def create(self, input: dict, **_) -> dict:
         """createArtifact: a PENDING version, or the version of the same content that is there already."""
-        project = self.runs.project(input["entityName"], input["projectName"], create=True)
+        if input.get("distributedID"):
+            raise Refused("distributed artifacts (upsert_artifact, finish_artifact) are not supported here")
+        _check_ttl(input)
+        aliases = _alias_names(input.get("aliases"))
+        project = self._project(input, create=True)
         names = _listed(input.get("artifactCollectionNames")) or [input.get("artifactCollectionName")]
         if not names[0]:
             raise Refused("createArtifact needs a collection name")
-        aliases = [a["alias"] for a in _listed(input.get("aliases")) if isinstance(a, dict) and a.get("alias")]
         tags = [t.get("tagName") or t.get("name") for t in _listed(input.get("tags")) if isinstance(t, dict)]
         run = self.runs.get(project["id"], input["runName"]) if input.get("runName") else None
         with self.store.write() as db:
@@ -85,8 +90,7 @@ class Artifacts:
         return {"artifactManifest": self._manifest(artifact["id"])}
 
     def update_manifest(self, input: dict, **_) -> dict:
-        key = base64.b64decode(input["artifactManifestID"]).decode().split(":")[1]
-        return {"artifactManifest": self._manifest(int(key))}
+        return {"artifactManifest": self._manifest(opaque_key(input["artifactManifestID"]))}
 
     def create_files(self, input: dict, **_) -> dict:
         edges = []
@@ -104,7 +108,7 @@ class Artifacts:
 
     def use(self, input: dict, **_) -> dict:
         artifact = self._find(input["artifactID"])
-        project = self.runs.project(input["entityName"], input["projectName"])
+        project = self._project(input)
         run = project and input.get("runName") and self.runs.get(project["id"], input["runName"])
         if run:
             with self.store.write() as db:
@@ -113,18 +117,19 @@ class Artifacts:
 
     def update(self, input: dict, **_) -> dict:
         artifact = self._find(input["artifactID"])
+        _check_ttl(input)
         columns = {k: input[k] for k in ("description", "metadata") if input.get(k) is not None}
         with self.store.write() as db:
             self.store.update("artifact", artifact["id"], updated=now(), **columns)
             if input.get("aliases") is not None:
-                wanted = [a["alias"] for a in _listed(input["aliases"])]
+                wanted = _alias_names(input["aliases"])
                 db.execute("DELETE FROM alias WHERE artifact=?", (artifact["id"],))
                 self._alias(artifact, wanted)
         self._tags("artifact", artifact, input.get("tagsToAdd"), input.get("tagsToDelete"))
         return {"artifact": self.node(self._row(artifact["id"]))}
 
     def add_aliases(self, input: dict, **_) -> dict:
-        self._alias(self._find(input["artifactID"]), [a["alias"] for a in _listed(input.get("aliases"))])
+        self._alias(self._find(input["artifactID"]), _alias_names(input.get("aliases")))
         return {"success": True}
 
     def delete_aliases(self, input: dict, **_) -> dict:
@@ -140,7 +145,7 @@ class Artifacts:
         if names and not input.get("deleteAliases"):
             raise Refused("the artifact has aliases: delete it with delete_aliases=True")
         self.remove(artifact)
-        return {"artifact": {"id": _id("Artifact", artifact["id"]), "__typename": "Artifact"}, "success": True}
+        return {"artifact": {"id": opaque("Artifact", artifact["id"]), "__typename": "Artifact"}, "success": True}
 
     def remove(self, artifact) -> None:
         with self.store.write() as db:
@@ -183,7 +188,7 @@ class Artifacts:
         return {"success": bool(self._retagged(input, None, input.get("tags")))}
 
     def _retagged(self, input: dict, added, dropped):
-        project = self.runs.project(input["entityName"], input["projectName"])
+        project = self._project(input)
         collection = project and self._named(project, input["artifactCollectionName"])
         if not collection:
             raise Refused("artifact collection not found")
@@ -197,12 +202,12 @@ class Artifacts:
             return None
         collection = self.store.one("SELECT * FROM collection WHERE id=?", artifact["collection"])
         sequence = self.collection(collection)
-        manifest = self.files.get(f"manifest:{artifact['id']}", "manifest.json")
-        entries = self._contents(artifact)
+        manifest = self._manifest_file(artifact)
+        entries = self._read(manifest).get("contents", {})
         manifest = manifest and self._file(manifest)
         run = artifact["run"] and self.store.one("SELECT * FROM run WHERE id=?", artifact["run"])
         return {
-            "__typename": "Artifact", "id": _id("Artifact", artifact["id"]), "artifactSequence": sequence,
+            "__typename": "Artifact", "id": opaque("Artifact", artifact["id"]), "artifactSequence": sequence,
             "versionIndex": artifact["version"], "artifactType": self.type(collection["type"]),
             "description": artifact["description"], "metadata": artifact["metadata"], "ttlDurationSeconds": -1,
             "ttlIsInherited": True, "tags": _tags(artifact), "historyStep": None, "state": artifact["state"],
@@ -210,7 +215,7 @@ class Artifacts:
             "digestAlgorithm": artifact["algorithm"], "commitHash": f"{artifact['id']:020x}",
             "fileCount": len(entries), "createdAt": iso(artifact["created"]), "updatedAt": iso(artifact["updated"]),
             "aliases": lambda **_: [{**alias, "artifactCollection": sequence} for alias in self._aliases(artifact)],
-            "currentManifest": manifest and {"__typename": "ArtifactManifest", "id": _id("Manifest", artifact["id"]),
+            "currentManifest": manifest and {"__typename": "ArtifactManifest", "id": opaque("Manifest", artifact["id"]),
                                              "digest": manifest["digest"], "file": manifest},
             "createdBy": lambda **_: self.nodes.run(run) if run else None,
             "usedBy": lambda **k: self.nodes.connection(self.store.all(
@@ -226,7 +231,7 @@ class Artifacts:
         if artifact is None:
             return None
         collection = self.store.one("SELECT * FROM collection WHERE id=?", artifact["collection"])
-        return {"__typename": "ArtifactCollectionMembership", "id": _id("Membership", artifact["id"]),
+        return {"__typename": "ArtifactCollectionMembership", "id": opaque("Membership", artifact["id"]),
                 "versionIndex": artifact["version"], "createdAt": iso(artifact["created"]),
                 "aliases": lambda **_: self._aliases(artifact), "artifactCollection": self.collection(collection),
                 "artifact": lambda **_: self.node(artifact), "files": lambda **k: self._files(artifact, **k)}
@@ -237,7 +242,7 @@ class Artifacts:
         project = self.store.one("SELECT * FROM project WHERE id=?", collection["project"])
         kind = self.type(collection["type"])
         return {
-            "__typename": "ArtifactSequence", "id": _id("Collection", collection["id"]), "name": collection["name"],
+            "__typename": "ArtifactSequence", "id": opaque("Collection", collection["id"]), "name": collection["name"],
             "description": collection["description"], "createdAt": iso(collection["created"]), "updatedAt": None,
             "project": lambda **_: self.nodes.project(project), "defaultArtifactType": kind, "type": kind,
             "state": "READY", "tags": {"edges": [{"node": tag} for tag in _tags(collection)]},
@@ -251,7 +256,7 @@ class Artifacts:
         }  # fmt: skip
 
     def type(self, name: str) -> dict:
-        return {"__typename": "ArtifactType", "id": _id("Type", name), "name": name, "description": None,
+        return {"__typename": "ArtifactType", "id": opaque("Type", name), "name": name, "description": None,
                 "createdAt": "2026-01-01T00:00:00Z"}
 
     def of_project(self, project) -> dict:
@@ -304,26 +309,26 @@ class Artifacts:
 
     def client_id(self, clientID=None, **_) -> dict:
         row = self.store.one("SELECT id FROM artifact WHERE client_id=? ORDER BY id DESC LIMIT 1", clientID)
-        return {"serverID": row and _id("Artifact", row["id"])}
+        return {"serverID": row and opaque("Artifact", row["id"])}
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
     def _row(self, key: int):
         return self.store.one("SELECT * FROM artifact WHERE id=?", key)
 
-    def _find(self, opaque: str | None, missing_ok: bool = False, table: str = "artifact"):
-        """The row of an opaque id that `_id()` made."""
-        try:
-            key = int(base64.b64decode(opaque or "").split(b":")[1])
-            row = self.store.one(f"SELECT * FROM {table} WHERE id=?", key)
-        except (ValueError, IndexError):
-            row = None
+    def _find(self, id: str | None, missing_ok: bool = False, table: str = "artifact"):
+        """The row of an id that `opaque()` made."""
+        row = self.store.one(f"SELECT * FROM {table} WHERE id=?", opaque_key(id))
         if row is None and not missing_ok:
             raise Refused(f"{table} not found")
         return row
 
-    def _find_collection(self, opaque: str | None, missing_ok: bool = False):
-        return self._find(opaque, missing_ok, "collection")
+    def _find_collection(self, id: str | None, missing_ok: bool = False):
+        return self._find(id, missing_ok, "collection")
+
+    def _project(self, input: dict, create: bool = False):
+        """The project of a mutation; `wandb sync` leaves the entity empty."""
+        return self.runs.project(input.get("entityName") or self.nodes.entity_name, input["projectName"], create=create)
 
     def _named(self, project, name: str | None):
         return self.store.one("SELECT * FROM collection WHERE project=? AND name=?", project["id"], name)
@@ -356,8 +361,8 @@ class Artifacts:
         return answer
 
     def _member(self, collection, alias: str | None):
-        """The version of an alias, of `v3`, or of a digest's beginning."""
-        if alias and alias[0] == "v" and alias[1:].isdigit():
+        """The version of an alias, or of `v3`."""
+        if _VERSION.fullmatch(alias or ""):
             return self.store.one("SELECT * FROM artifact WHERE collection=? AND version=? AND state='COMMITTED'",
                                   collection["id"], int(alias[1:]))
         return self.store.one("SELECT artifact.* FROM artifact JOIN alias ON alias.artifact=artifact.id "
@@ -381,21 +386,33 @@ class Artifacts:
 
     def _manifest(self, key: int) -> dict:
         token = self.files.sign("upload", owner=f"manifest:{key}", name="manifest.json")
-        return {"id": _id("Manifest", key), "file": {"id": _id("File", key), "uploadUrl": self.nodes.url(token),
+        return {"id": opaque("Manifest", key), "file": {"id": opaque("File", key), "uploadUrl": self.nodes.url(token),
                                                      "uploadHeaders": []}}
 
     def _files(self, artifact, names=None, **k) -> dict:
-        """The files of a version, from its manifest; references to elsewhere are not files of ours."""
+        """The files of a version, from its manifest. References are among them, without bytes of ours: the client
+        reads of each where it leads in the manifest, but downloads only what is listed here."""
         found = []
         for name, entry in sorted(self._contents(artifact).items()):
-            row = None if entry.get("ref") else self.files.by_md5(hex_md5(entry.get("digest")) or "")
-            if row and (not names or name in names):
+            if names and name not in names:
+                continue
+            if entry.get("ref"):
+                row = {**NO_FILE, "name": name, "owner": "", "size": int(entry.get("size") or 0)}
+            else:
+                row = self.files.by_md5(hex_md5(entry.get("digest")) or "")
+            if row:
                 found.append((name, row))
         return self.nodes.connection(found, lambda pair: self._file(pair[1], pair[0]), **k)
 
+    def _manifest_file(self, artifact):
+        """The row of the manifest, None before it is there."""
+        return self.files.get(f"manifest:{artifact['id']}", "manifest.json")
+
     def _uploaded(self, artifact) -> dict:
         """The manifest, {} before it is there."""
-        manifest = self.files.get(f"manifest:{artifact['id']}", "manifest.json")
+        return self._read(self._manifest_file(artifact))
+
+    def _read(self, manifest) -> dict:
         return parsed(self.files.read(manifest), {}) if manifest else {}
 
     def _contents(self, artifact) -> dict[str, dict]:
@@ -406,14 +423,24 @@ class Artifacts:
         return self.nodes.file(row, name)
 
 
-def _id(kind: str, key) -> str:
-    return base64.b64encode(f"{kind}:{key}".encode()).decode()
-
-
 def _digest(contents: dict[str, dict]) -> str:
     """A manifest's digest, by the client's definition (ArtifactManifestV1.digest)."""
     lines = "".join(f"{name}:{entry['digest']}\n" for name, entry in sorted(contents.items()))
     return hashlib.md5(f"wandb-artifact-manifest-v1\n{lines}".encode(), usedforsecurity=False).hexdigest()
+
+
+def _check_ttl(input: dict) -> None:
+    if (input.get("ttlDurationSeconds") or 0) > 0:  # below 0: inherited or none, and no project has one
+        raise Refused("artifact.ttl is not supported here: an artifact stays until it is deleted")
+
+
+def _alias_names(given) -> list[str]:
+    """The names that are given to a version. `v3` always is the version of that number."""
+    names = [alias["alias"] for alias in _listed(given) if alias["alias"]]
+    for name in names:
+        if _VERSION.fullmatch(name):
+            raise Refused(f"alias {name!r}: v and a number is the name of a version; choose another")
+    return names
 
 
 def _listed(value) -> list:
@@ -422,9 +449,9 @@ def _listed(value) -> list:
 
 
 def _alias_node(row) -> dict:
-    return {"__typename": "ArtifactAlias", "id": _id("Alias", f"{row['collection']}:{row['alias']}"),
+    return {"__typename": "ArtifactAlias", "id": opaque("Alias", f"{row['collection']}:{row['alias']}"),
             "alias": row["alias"]}
 
 
 def _tags(row) -> list[dict]:
-    return [{"__typename": "Tag", "id": _id("Tag", name), "name": name} for name in json.loads(row["tags"])]
+    return [{"__typename": "Tag", "id": opaque("Tag", name), "name": name} for name in json.loads(row["tags"])]

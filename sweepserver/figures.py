@@ -8,7 +8,9 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from .store import number
 
 log = logging.getLogger("sweepserver")
 SIZE = ("model_size_mb", "packed_bytes", "model_size", "size_mb", "num_params", "n_params", "flops", "macs")
@@ -22,9 +24,17 @@ def draw(rows: Sequence[dict], metric: str | None, goal: str) -> dict[str, dict 
     """The three figures of a sweep, each None where the rows have too little for it."""
     if not metric:
         return {"parallel": None, "pareto": None, "heatmap": None}
-    own = {"parallel": parallel(rows, metric, goal), "pareto": pareto(rows, metric, goal),
-           "heatmap": heatmap(rows, metric, goal)}
+    own = {figure.__name__: _drawn(figure, rows, metric, goal) for figure in (parallel, pareto, heatmap)}
     return {**own, **reported(rows)} if metric == "test_acc_quantized" and size_key(rows) == "model_size_mb" else own
+
+
+def _drawn(figure: Callable, rows: Sequence[dict], metric: str, goal: str) -> dict | None:
+    """A figure, None where it fails: rows come from any program, and the page's table does not depend on it."""
+    try:
+        return figure(rows, metric, goal)
+    except Exception:
+        log.exception("a sweep's %s figure could not be drawn", figure.__name__)
+        return None
 
 
 def reported(rows: Sequence[dict]) -> dict[str, dict]:
@@ -118,7 +128,8 @@ def heatmap(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict |
     pick = max if goal == "maximize" else min
     cells: dict[tuple, list[float]] = {}
     for row in rows:
-        cells.setdefault((row["params"].get(y), row["params"].get(x)), []).append(row["values"][metric])
+        key = (_hashable(row["params"].get(y)), _hashable(row["params"].get(x)))
+        cells.setdefault(key, []).append(row["values"][metric])
     ys, xs = ordered({key[0] for key in cells}), ordered({key[1] for key in cells})
     z = [[pick(cells[a, b]) if (a, b) in cells else None for b in xs] for a in ys]
     text = [["" if v is None else f"{v:.4g}" for v in line] for line in z]
@@ -191,10 +202,6 @@ def label(row: dict) -> str:
 def short(name: str) -> str:
     """A key as a person reads it; markup that plotly would interpret is taken out."""
     return re.sub(r"[<>]", "", name.replace("_quant_bits", "_bits").replace("_", " "))
-
-
-def number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def ordered(values: set) -> list:

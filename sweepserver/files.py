@@ -21,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from .store import Store, now
 from .walker import Refused
 
+NO_FILE = {"id": 0, "mimetype": None, "updated": None, "md5": None}  # of the row of a file that is not here
 LIFETIME = 6 * 3600  # seconds; a queue of uploads may take its time
 
 

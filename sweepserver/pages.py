@@ -14,10 +14,10 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from . import figures
-from .runs import flat, log_line, spread
+from .runs import best, flat, inner, log_line, spread
 from .scheduler import LIVE
 from .search import BadSweep, parse_sweep
-from .store import clean, iso
+from .store import clean, iso, number
 
 LOG_LINES = 1000
 CURVES = 30
@@ -90,7 +90,7 @@ class Pages:
         view = self._sweep_view(project, sweep)
         metric, goal = view["metric"], view["goal"]
         rows = [{"name": run["name"], "params": run["params"], "config": self.runs.config(run["row"]), "values": {
-            key: value for key, value in run["summary"].items() if figures.number(value)}}
+            key: value for key, value in run["summary"].items() if number(value)}}
             for run in view["runs"] if run["state"] == "finished"]
         live = sweep["state"] in ("PENDING", "RUNNING", "PAUSED") or any(r["state"] in LIVE for r in view["runs"])
         return {"live": live, "figures": self._figures(sweep["id"], rows, metric, goal), "parts": {
@@ -114,7 +114,7 @@ class Pages:
                                   "agent.id=run.agent WHERE run.sweep=? ORDER BY run.id", sweep["id"]):
             config = self.runs.config(row)
             params = flat({name: config.get(name) for name in parameters})
-            summary = {k: _inner(v) for k, v in self.runs.summary(row).items()}
+            summary = {k: inner(v) for k, v in self.runs.summary(row).items()}
             runs.append({"row": row, "name": row["name"], "state": row["state"], "params": params, "summary": summary,
                          "seconds": _seconds(row)})
         metric = metric or _guess_metric(runs)
@@ -145,10 +145,10 @@ class Pages:
 
     def _run_data(self, run) -> dict:
         rows = self.runs.rows(run, "history")
-        names = sorted({k for row in rows for k, v in row.items() if not k.startswith("_") and figures.number(v)})
+        names = sorted({k for row in rows for k, v in row.items() if not k.startswith("_") and number(v)})
         drawn = {}
         for name in names[:CURVES]:
-            points = [(row.get("_step", i), row[name]) for i, row in enumerate(rows) if figures.number(row.get(name))]
+            points = [(row.get("_step", i), row[name]) for i, row in enumerate(rows) if number(row.get(name))]
             points = spread(points, 1000)
             drawn[name] = figures.curve(figures.short(name), [p[0] for p in points], [p[1] for p in points])
         view = self._run_view(run)
@@ -163,7 +163,7 @@ class Pages:
             line["line"] = ANSI.sub("", line["line"]).rstrip("\n").rpartition("\r")[2]
         project = self.store.one("SELECT * FROM project WHERE id=?", run["project"])
         base = f"/files/{quote(project['entity'], safe='')}/{quote(project['name'], safe='')}/{quote(run['name'])}"
-        summary = [(k, _inner(v)) for k, v in sorted(self.runs.summary(run).items()) if k != "_wandb"]
+        summary = [(k, inner(v)) for k, v in sorted(self.runs.summary(run).items()) if k != "_wandb"]
         return {"summary": [(k, v) for k, v in summary if not k.startswith("_")], "log": log,
                 "hidden_lines": max(0, self.runs.count(run, "log") - LOG_LINES), "seconds": _seconds(run),
                 "files": self.server.files.list(f"run:{run['id']}"), "files_base": base,
@@ -191,9 +191,9 @@ class Pages:
 
     @staticmethod
     def _best(runs: list[dict], metric: str | None, goal: str):
-        scored = [run for run in runs if run["state"] == "finished" and figures.number(run["summary"].get(metric))]
-        pick = max if goal == "maximize" else min
-        return pick(scored, key=lambda run: run["summary"][metric]) if scored else None
+        finished = [run for run in runs if run["state"] == "finished"]
+        place = best([run["summary"].get(metric) for run in finished], goal)
+        return None if place is None else finished[place]
 
     @staticmethod
     def _time_left(sweep, counts: dict, runs: list[dict]) -> float | None:
@@ -212,13 +212,6 @@ def _trail(project) -> list[tuple[str, str]]:
              f"/{quote(project['entity'], safe='')}/{quote(project['name'], safe='')}")]
 
 
-def _inner(value):
-    """{"max": v} of define_metric(summary="max") is v."""
-    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("min", "max", "mean", "last", "best"):
-        return next(iter(value.values()))
-    return value
-
-
 def _seconds(run) -> float:
     end = run["ended"] or (time.time() if run["state"] in LIVE else run["heartbeat"])
     return max(0.0, end - run["created"])
@@ -229,7 +222,7 @@ def _summary_columns(runs: list[dict], metric: str | None, most: int = 7) -> lis
     known = ["acc_drop", "model_size_mb", "compression_ratio_model", "compression_ratio_weights",
              "compression_ratio_activations", "calib_seconds", "eval_seconds"]
     keys = {key for run in runs for key, value in run["summary"].items()
-            if not key.startswith("_") and figures.number(value)}
+            if not key.startswith("_") and number(value)}
     kinds = {key: len({str(run["summary"].get(key)) for run in runs}) for key in keys}  # str: it may be a dict
     keys = {key for key in keys if key != metric and (key in known or kinds[key] > 2)}
     ranked = sorted(keys, key=lambda key: (known.index(key) if key in known else len(known), key))
@@ -238,7 +231,7 @@ def _summary_columns(runs: list[dict], metric: str | None, most: int = 7) -> lis
 
 def _guess_metric(runs: list[dict]) -> str | None:
     keys = {key for run in runs for key, value in run["summary"].items()
-            if not key.startswith("_") and figures.number(value)}
+            if not key.startswith("_") and number(value)}
     liked = [k for k in ("test_acc_quantized", "val_acc", "accuracy", "acc", "val_loss", "loss") if k in keys]
     return (liked or sorted(keys) or [None])[0]
 

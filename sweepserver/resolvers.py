@@ -5,15 +5,20 @@ One `Nodes` is made for a request, since addresses in answers start with the add
 
 import base64
 import json
+import posixpath
 import re
 
 from . import store as s
 from .artifacts import Artifacts
-from .files import checked_name
-from .runs import dig, log_line
+from .files import NO_FILE, checked_name
+from .runs import best, dig, log_line
 from .scheduler import LIVE
 from .search import BadSweep, parse_sweep
 from .walker import Refused
+
+# What the client asks before it asks for more. Features: the names of its ServerFeature; any version of it is welcome.
+SERVER_INFO = {"features": [{"name": "TOTAL_COUNT_IN_FILE_CONNECTION", "isEnabled": True}],
+               "cliVersionInfo": {"max_cli_version": "999.0.0"}, "latestLocalVersionInfo": None}
 
 
 class Nodes:
@@ -31,8 +36,7 @@ class Nodes:
     def roots(self) -> dict:
         a = self.artifacts
         query = {
-            "viewer": lambda **_: self.viewer(), "serverInfo": lambda **_: {"features": [], "cliVersionInfo": None,
-                                                                           "latestLocalVersionInfo": None},
+            "viewer": lambda **_: self.viewer(), "serverInfo": lambda **_: SERVER_INFO,
             "entity": self.entity, "project": self.find_project, "model": self.find_model, "models": self.projects,
             "artifact": a.by_id, "artifactCollection": a.collection_by_id, "clientIDMapping": a.client_id,
             "organization": lambda **_: None, "__type": self.type_,
@@ -65,14 +69,14 @@ class Nodes:
 
     def viewer(self) -> dict:
         name = self.entity_name
-        return {"__typename": "User", "id": _id("User", 1), "entity": name, "username": name, "name": name,
+        return {"__typename": "User", "id": s.opaque("User", 1), "entity": name, "username": name, "name": name,
                 "email": f"{name}@localhost", "admin": True, "flags": "{}", "deletedAt": None, "photoUrl": None,
-                "teams": {"edges": [{"node": {"__typename": "Entity", "id": _id("Entity", name), "name": name}}]},
+                "teams": {"edges": [{"node": {"__typename": "Entity", "id": s.opaque("Entity", name), "name": name}}]},
                 "apiKeys": {"edges": []}, "organizations": []}
 
     def entity(self, name=None, **_) -> dict:
         name = name or self.entity_name
-        return {"__typename": "Entity", "id": _id("Entity", name), "name": name, "organization": None,
+        return {"__typename": "Entity", "id": s.opaque("Entity", name), "name": name, "organization": None,
                 "isTeam": False, "available": True, "readOnly": False, "user": self.viewer(), "members": [],
                 "defaultAccess": "PRIVATE", "codeSavingEnabled": False, "entityType": "user", "readOnlyAdmin": False,
                 "privateOnly": False, "storageBytes": 0, "isPaid": False, "photoUrl": None,
@@ -125,7 +129,7 @@ class Nodes:
             return self.sweep(row) if row and row["project"] == key else None
 
         return {
-            "__typename": "Project", "id": _id("Project", key), "internalId": str(key), "name": project["name"],
+            "__typename": "Project", "id": s.opaque("Project", key), "internalId": str(key), "name": project["name"],
             "entityName": project["entity"], "entity": self.entity(project["entity"]), "user": self.viewer(),
             "createdAt": s.iso(project["created"]), "updatedAt": s.iso(project["created"]), "isBenchmark": False,
             "description": None, "access": "PRIVATE", "views": "{}", "readOnly": False, "isPublished": False,
@@ -152,9 +156,8 @@ class Nodes:
             return json.dumps(s.clean({k: v for k, v in row.items() if k.startswith("system.")}))
 
         def own_config(keys=None, **_):  # a resume takes a run without it for one that never began
-            entry = s.parsed(run["config"], {}).get("_wandb")
-            values = entry.get("value") if isinstance(entry, dict) else None
-            if not isinstance(values, dict):
+            values = _clients_own(run["config"])
+            if values is None:
                 return None
             return json.dumps(s.clean({k: v for k, v in values.items() if not keys or k in keys}))
 
@@ -196,10 +199,11 @@ class Nodes:
     def run_files(self, run, names=None, pattern=None, **k) -> dict:
         rows = self.files.list(f"run:{run['id']}")
         names = [names] if isinstance(names, str) else names
+        names = names and [posixpath.normpath(name) for name in names]  # `./x` was stored as `x`
         if names:
             known = {row["name"]: row for row in rows}
-            absent = [{"id": 0, "name": name, "owner": f"run:{run['id']}", "size": 0, "mimetype": None,
-                       "updated": None, "md5": None} for name in names if name not in known]
+            absent = [{**NO_FILE, "name": name, "owner": f"run:{run['id']}", "size": 0}
+                      for name in names if name not in known]
             rows = [known[name] for name in names if name in known] + absent
         elif pattern:  # SQL LIKE
             escaped = re.escape(pattern).replace("%", ".*").replace("_", ".")
@@ -214,7 +218,7 @@ class Nodes:
             token = {"owner": row["owner"], "name": row["name"]}
             return self.url(self.files.sign("upload", **token)) if upload else download
 
-        return {"__typename": "File", "id": _id("File", row["id"]), "name": name or row["name"],
+        return {"__typename": "File", "id": s.opaque("File", row["id"]), "name": name or row["name"],
                 "displayName": name or row["name"], "url": url, "directUrl": download, "sizeBytes": row["size"],
                 "mimetype": row["mimetype"], "updatedAt": s.iso(row["updated"]), "md5": md5, "digest": md5,
                 "storagePath": None}
@@ -238,28 +242,27 @@ class Nodes:
         def agents():
             return self.store.all("SELECT * FROM agent WHERE sweep=? ORDER BY created", sweep["id"])
 
-        def best(**_):
+        def best_loss(**_):
             if not (search and search.metric):
                 return None
             found = [dig(self.runs.summary(row), search.metric) for row in self.store.all(
                 "SELECT * FROM run WHERE sweep=? AND state='finished'", sweep["id"])]
-            numbers = [v for v in found if isinstance(v, int | float) and v == v]
-            pick = max if search.goal == "maximize" else min
-            return s.clean(float(pick(numbers))) if numbers else None
+            place = best(found, search.goal)
+            return None if place is None else float(found[place])
 
         return {
             "__typename": "Sweep", "id": sweep["id"], "name": sweep["id"], "displayName": sweep["display_name"],
             "method": search.method if search else "bayes", "state": sweep["state"], "config": sweep["config"],
             "description": sweep["description"], "createdAt": s.iso(sweep["created"]),
             "updatedAt": s.iso(sweep["updated"] or sweep["created"]), "heartbeatAt": s.iso(sweep["updated"]),
-            "bestLoss": best, "runCount": lambda **_: self.store.value("SELECT COUNT(*) FROM run WHERE sweep=?",
+            "bestLoss": best_loss, "runCount": lambda **_: self.store.value("SELECT COUNT(*) FROM run WHERE sweep=?",
                                                                       sweep["id"]),
             "runCountExpected": expected, "earlyStopJobRunning": False, "controller": None, "scheduler": None,
             "controllerRunName": None, "runs": runs,
             "project": lambda **_: self.project(self.store.one("SELECT * FROM project WHERE id=?", sweep["project"])),
             "agents": lambda **k: self.connection(agents(), self.agent, **k),
-            "agent": lambda agentName=None, **_: next((self.agent(row) for row in agents()
-                                                       if agentName in (row["id"], _id("Agent", row["id"]))), None),
+            "agent": lambda agentName=None, **_: next((self.agent(row) for row in agents() if agentName in (
+                row["id"], s.opaque("Agent", row["id"]))), None),
         }  # fmt: skip
 
     def agent(self, agent) -> dict | None:
@@ -297,6 +300,8 @@ class Nodes:
         sweep = input.get("sweep") and self.scheduler.sweep(input["sweep"])
         if not input.get("id") and not input.get("name"):
             raise Refused("upsertBucket needs a name or an id")
+        if (_clients_own(input.get("config")) or {}).get("branch_point"):
+            raise Refused("fork_from and resume_from are not supported here: a run goes on with resume, or begins anew")
         if sweep and self.runs.get(sweep["project"], input.get("name") or ""):
             key = sweep["project"]  # the run that an agent was given, whatever project its program names
         else:
@@ -305,7 +310,7 @@ class Nodes:
         run, inserted = self.runs.upsert(key, input)
         if run is None:
             raise Refused("run not found")
-        return {"bucket": self.run(run), "inserted": bool(inserted)}
+        return {"bucket": self.run(run), "inserted": inserted}
 
     def delete_run(self, input: dict, **_) -> dict:
         run = self._run(input["id"])
@@ -355,7 +360,7 @@ class Nodes:
         return {"runID": self.runs.storage_id(run), "uploadHeaders": [], "files": files}
 
     def delete_files(self, input: dict, **_) -> dict:
-        keys = [int(base64.b64decode(key).split(b":")[1]) for key in input.get("files") or []]
+        keys = [s.opaque_key(key) for key in input.get("files") or []]
         rows = [self.store.one("SELECT * FROM file WHERE id=? AND owner LIKE 'run:%'", key) for key in keys]
         self.files.delete([row for row in rows if row])
         return {"success": True}
@@ -367,5 +372,9 @@ class Nodes:
         return run
 
 
-def _id(kind: str, key) -> str:
-    return base64.b64encode(f"{kind}:{key}".encode()).decode()
+def _clients_own(config: str | None) -> dict | None:
+    """What the client itself keeps in a run's config, None where there is nothing."""
+    values = s.parsed(config, {})
+    entry = values.get("_wandb") if isinstance(values, dict) else None
+    own = entry.get("value") if isinstance(entry, dict) else None
+    return own if isinstance(own, dict) else None

@@ -1,14 +1,19 @@
 """Runs: what the client says of one (upsert, file stream), and reading it back (history, filters, orders)."""
 
-import base64
+import functools
+import itertools
 import json
 import math
+import operator
 import random
 import re
 
-from .store import Store, clean, clean_text, now, parsed
+from .store import Store, clean, clean_text, now, number, opaque, opaque_key, parsed
+from .walker import Refused
 
 STREAMS = {"wandb-history.jsonl": "history", "wandb-events.jsonl": "events", "output.log": "log"}
+UNREACHABLE = re.compile(r"[/\\#?%:\x00-\x1f]")  # in a name: no address leads to it (W&B refuses them too)
+_FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}  # of $options
 _ADJECTIVES = "amber bold brisk calm clear crisp eager fair fresh gentle keen light lively lucid neat quick quiet warm"
 _NOUNS = "aurora brook cedar cloud dune ember fern field harbor lake maple meadow moon pine reef river sky star"
 
@@ -23,6 +28,9 @@ class Runs:
         """The row of a project, None where there is none (and `create` is false)."""
         row = self.store.one("SELECT * FROM project WHERE entity=? AND name=?", entity, name)
         if row is None and create:
+            for what, text in (("entity", entity), ("project", name)):
+                if not text.strip() or text in (".", "..") or UNREACHABLE.search(text) or len(text) > 128:
+                    raise Refused(f"{what} {text!r}: expected at most 128 letters without / \\ # ? % : or a line break")
             with self.store.write() as db:
                 db.execute("INSERT OR IGNORE INTO project(entity, name, created) VALUES(?,?,?)", (entity, name, now()))
             row = self.project(entity, name)
@@ -33,14 +41,11 @@ class Runs:
 
     def by_id(self, storage_id: str):
         """The run of an opaque id that `storage_id()` made."""
-        try:
-            return self.store.one("SELECT * FROM run WHERE id=?", int(base64.b64decode(storage_id).split(b":")[1]))
-        except (ValueError, IndexError):
-            return None
+        return self.store.one("SELECT * FROM run WHERE id=?", opaque_key(storage_id))
 
     @staticmethod
     def storage_id(run) -> str:
-        return base64.b64encode(f"Run:{run['id']}:{run['name']}".encode()).decode()
+        return opaque("Run", f"{run['id']}:{run['name']}")
 
     def create(self, project: int, name: str, **columns) -> int:
         columns.setdefault("display_name", display_name(name))
@@ -60,17 +65,25 @@ class Runs:
                 if given.get("id"):
                     return None, False
                 columns = {**columns, "state": given.get("state") or "running"}
-                return self.store.one("SELECT * FROM run WHERE id=?", self.create(project, given["name"], **columns)), 1
-            by_run = not given.get("id") and (given.get("host") or given.get("jobProgram"))
+                key = self.create(project, given["name"], **columns)
+                return self.store.one("SELECT * FROM run WHERE id=?", key), True
+            by_run = given.get("host") or given.get("jobProgram")
             if by_run and row["state"] == "pending":  # the clock of a run starts when it does; a stop asked of it holds
                 columns.update(state="running", heartbeat=now(), created=now())
-            elif by_run and row["state"] != "running":  # an ended one resumed
+            elif by_run and row["state"] != "running":  # an ended one resumed (then it has an id), synced or begun anew
+                if not given.get("id") and _is_program(given.get("jobProgram")):
+                    self._forget_lines(row)
                 columns.update(state="running", heartbeat=now(), ended=None, stop_at=None, stop_why=None, stop_sent=0,
                                preempting=0)
             if columns.get("display_name") == "":
                 del columns["display_name"]
             self.store.update("run", row["id"], **columns)
             return self.store.one("SELECT * FROM run WHERE id=?", row["id"]), False
+
+    def _forget_lines(self, run) -> None:
+        with self.store.write() as db:
+            db.execute("DELETE FROM line WHERE run=?", (run["id"],))
+        self._metrics.pop(run["id"], None)
 
     def touch(self, run) -> None:
         self.store.update("run", run["id"], heartbeat=now())
@@ -94,19 +107,35 @@ class Runs:
                         text = json.dumps(flat(row)) if any(isinstance(v, dict) for v in row.values()) else text
                     lines.append((run["id"], stream, offset + i, step, text))
         with self.store.write() as db:
-            for first in [line for line in lines if line[1] == "history"][:1]:
-                self._rewind(run, *first[2:4])
+            history = self._unsaid(run, [line for line in lines if line[1] == "history"])
+            if history and self._goes_back(run, *history[0][2:4]):
+                self._rewind(run, *history[0][2:4])
+            lines = [line for line in lines if line[1] != "history"] + history
             db.executemany("INSERT OR REPLACE INTO line(run, stream, idx, step, text) VALUES(?,?,?,?,?)", lines)
 
+    def _goes_back(self, run, idx: int, step: int) -> bool:
+        """Whether the history's next line, `idx` with this step, is not above its last step."""
+        return bool(self.store.value("SELECT step>=? FROM line WHERE run=? AND stream='history' AND idx<? "
+                                     "ORDER BY idx DESC LIMIT 1", step, run["id"], idx))
+
+    def _unsaid(self, run, lines: list[tuple]) -> list[tuple]:
+        """The lines without the first ones that are there already, under lower numbers: `wandb sync` sends anew what
+        the run had sent by itself, perhaps less of it."""
+        if not lines or not self._goes_back(run, *lines[0][2:4]):
+            return lines
+        steps = [line[3] for line in lines]
+        said = {(row["step"], _canonical(row["text"])) for row in self.store.all(
+            "SELECT step, text FROM line WHERE run=? AND stream='history' AND idx<? AND step BETWEEN ? AND ?",
+            run["id"], lines[0][2], min(steps), max(steps))}
+        return list(itertools.dropwhile(lambda line: (line[3], _canonical(line[4])) in said, lines))
+
     def _rewind(self, run, idx: int, step: int) -> None:
-        """The next history line is `idx` with this step. One that is not above the last step is of a run that began
-        anew under the same id (a resumed one goes on above it): what it had said from there on no longer holds."""
-        if self.store.value("SELECT step>=? FROM line WHERE run=? AND stream='history' AND idx<? ORDER BY idx DESC "
-                            "LIMIT 1", step, run["id"], idx):
-            with self.store.write() as db:
-                db.execute("DELETE FROM line WHERE run=? AND stream='history' AND idx<? AND step>=?",
-                           (run["id"], idx, step))
-            self._metrics.pop(run["id"], None)
+        """A run that goes back began anew under the same id while it counted as running (a resumed one goes on above
+        its last step): what it had said from there on no longer holds."""
+        with self.store.write() as db:
+            db.execute("DELETE FROM line WHERE run=? AND stream='history' AND idx<? AND step>=?",
+                       (run["id"], idx, step))
+        self._metrics.pop(run["id"], None)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -172,15 +201,17 @@ class Runs:
 
     def history_keys(self, run) -> dict:
         kinds: dict[str, dict[str, int]] = {}
+        latest: dict = {}
         last = -1
         for row in self.rows(run, "history"):
             last = max(last, row.get("_step", last))
+            latest.update(row)
             for key, value in row.items():
                 kind = "number" if isinstance(value, int | float) else ("string" if isinstance(value, str) else "map")
                 counts = kinds.setdefault(key, {})
                 counts[kind] = counts.get(kind, 0) + 1
-        keys = {key: {"typeCounts": [{"type": kind, "count": n} for kind, n in counts.items()]}
-                for key, counts in kinds.items()}
+        keys = {key: {"typeCounts": [{"type": kind, "count": n} for kind, n in counts.items()],
+                      "previousValue": latest[key]} for key, counts in kinds.items()}
         return {"lastStep": last, "sets": [], "keys": keys}
 
     def find(self, project: int, filters=None, order: str | None = None) -> list:
@@ -242,19 +273,29 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 
 def dig(values, path: str):
-    """Flat first ("val/acc", "a.b"), then nested; {"max": v} of define_metric(summary="max") is v."""
+    """Flat first ("val/acc", "a.b"), then nested."""
     if not isinstance(values, dict):
         return None
     if path in values:
-        value = values[path]
-        if isinstance(value, dict) and len(value) == 1:
-            key, inner = next(iter(value.items()))
-            return inner if key in ("min", "max", "mean", "last", "best") else value
-        return value
+        return inner(values[path])
     for cut in [i for i, letter in enumerate(path) if letter == "."]:
         if path[:cut] in values:
             return dig(values[path[:cut]], path[cut + 1 :])
     return None
+
+
+def inner(value):
+    """{"max": v} of define_metric(summary="max") is v."""
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in ("min", "max", "mean", "last", "best"):
+        return next(iter(value.values()))
+    return value
+
+
+def best(values: list, goal: str) -> int | None:
+    """The place of the best of a metric's values, None where none of them is a number."""
+    known = [i for i, value in enumerate(values) if number(value)]
+    pick = max if goal == "maximize" else min
+    return pick(known, key=lambda i: values[i]) if known else None
 
 
 def sortable(value):
@@ -267,7 +308,7 @@ def sortable(value):
 
 
 def matches(view: _View, filters: dict) -> bool:
-    """MongoDB's query language, the part that the client uses. An unknown operator matches nothing."""
+    """MongoDB's query language, the part that the client uses. An unknown operator is refused."""
     for name, wanted in filters.items():
         if name in ("$and", "$or", "$nor"):
             hits = [matches(view, part) for part in (wanted if isinstance(wanted, list) else [wanted])]
@@ -276,6 +317,8 @@ def matches(view: _View, filters: dict) -> bool:
         elif name == "$not":
             if matches(view, wanted):
                 return False
+        elif name.startswith("$"):
+            raise Refused(f"filters: the operator {name} is not known here")
         elif not _passes(view.get(name), wanted, name):
             return False
     return True
@@ -284,7 +327,19 @@ def matches(view: _View, filters: dict) -> bool:
 def _passes(value, wanted, name: str) -> bool:
     if not (isinstance(wanted, dict) and any(str(key).startswith("$") for key in wanted)):
         return _equal(value, wanted)
-    return all(_operator(value, key, operand, name) for key, operand in wanted.items())
+    wanted = dict(wanted)
+    flags = wanted.pop("$options", "") if "$regex" in wanted else ""  # of the pattern beside it
+    return all(_found(operand, flags, value) if key == "$regex" else _operator(value, key, operand, name)
+               for key, operand in wanted.items())
+
+
+def _found(pattern, flags, value) -> bool:
+    """Whether a text holds the pattern."""
+    try:
+        found = re.compile(pattern, functools.reduce(operator.or_, (_FLAGS[letter] for letter in flags), 0))
+    except (re.error, TypeError, KeyError) as error:
+        raise Refused(f"filters: cannot use $regex {pattern!r} with $options {flags!r} ({error})") from None
+    return isinstance(value, str) and found.search(value) is not None
 
 
 def _operator(value, key: str, operand, name: str) -> bool:
@@ -298,11 +353,6 @@ def _operator(value, key: str, operand, name: str) -> bool:
         return (value is not None) == bool(operand)
     if key == "$not":
         return not _passes(value, operand, name)
-    if key == "$regex":
-        try:
-            return isinstance(value, str) and re.search(operand, value) is not None
-        except re.error:
-            return False
     if key == "$all":
         return isinstance(value, list) and all(item in value for item in operand)
     if key in ("$gt", "$gte", "$lt", "$lte"):
@@ -312,7 +362,7 @@ def _operator(value, key: str, operand, name: str) -> bool:
         if left is None or right is None or left[0] != right[0]:
             return False
         return {"$gt": left > right, "$gte": left >= right, "$lt": left < right, "$lte": left <= right}[key]
-    return False
+    raise Refused(f"filters: the operator {key} is not known here")
 
 
 def _equal(value, wanted) -> bool:
@@ -333,13 +383,23 @@ def _seconds(text):
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def log_line(number: int, text: str) -> dict:
+def _canonical(text: str) -> str:
+    """A JSON text with its names in order: the client writes them in any."""
+    return json.dumps(parsed(text), sort_keys=True)
+
+
+def _is_program(name: str | None) -> bool:
+    """Whether this is what a run says of its program: `wandb sync` names itself (older ones nothing)."""
+    return bool(name) and not name.startswith("-m wandb") and name.rsplit("/", 1)[-1] != "wandb"
+
+
+def log_line(index: int, text: str) -> dict:
     """A line of output.log: `[ERROR ]TIMESTAMP text`."""
     level = "error" if text.startswith("ERROR ") else None
     stamp, _, line = text.removeprefix("ERROR ").partition(" ")
     if not re.match(r"\d{4}-\d\d-\d\dT", stamp):
         stamp, line = None, text
-    return {"number": number, "timestamp": stamp, "level": level, "label": None, "line": line}
+    return {"number": index, "timestamp": stamp, "level": level, "label": None, "line": line}
 
 
 def spread(rows: list, samples: int) -> list:

@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import secrets
+import sqlite3
 import string
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class Scheduler:
             if not sweep_id:
                 if search is None:
                     raise Refused("a new sweep needs a configuration")
-                sweep_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+                sweep_id = _new_name()
                 self.store.insert("sweep", id=sweep_id, project=project, config=given["config"], created=now(),
                                   state="PENDING", **columns)
                 if given.get("state"):
@@ -111,7 +112,7 @@ class Scheduler:
             params = {name: self.runs.config(run).get(name) for name in search.parameters}
             index = search.grid_index(params) if search.method == "grid" else None
             if index is not None:
-                with contextlib.suppress(Exception):  # two prior runs of one point: the first one settles it
+                with contextlib.suppress(sqlite3.IntegrityError):  # two prior runs of one point: the first counts
                     self.store.insert("point", sweep=sweep_id, idx=index, params=json.dumps(params), status="done")
             self.store.update("run", run["id"], sweep=sweep_id)
 
@@ -183,7 +184,7 @@ class Scheduler:
         params = json.loads(point["params"])
         values = {name: {"value": value} for name, value in params.items()}
         self.store.update("point", point["id"], status="out")
-        name = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+        name = _new_name()
         count = self.store.value("SELECT COUNT(*) FROM run WHERE sweep=?", sweep["id"])
         self.runs.create(sweep["project"], name, state="pending", sweep=sweep["id"], agent=agent_id, point=point["id"],
                          config=json.dumps(values), display_name=display_name(name, f"sweep-{count + 1}"))
@@ -367,3 +368,8 @@ class Scheduler:
             answer.append({"name": run["name"], "state": known.get(state, state), "config": parsed(run["config"], {}),
                            "summary": parsed(run["summary"], {}), "history": history})
         return answer
+
+
+def _new_name() -> str:
+    """The name of a sweep or run, in the form of the client's own."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))

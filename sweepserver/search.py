@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from .store import number
+
 INSTALL = "pip install --no-deps sweeps && pip install scikit-learn scipy jsonschema jsonref pydantic"
 
 
@@ -43,7 +45,7 @@ class Search:
 
     def reached(self, value) -> bool:
         """Whether a run with this value of the metric ends the sweep (`metric.target`)."""
-        if self.target is None or not _number(value):
+        if self.target is None or not number(value):
             return False
         return value >= self.target if self.goal == "maximize" else value <= self.target
 
@@ -256,7 +258,7 @@ def _check_metric(config: dict) -> None:
         raise BadSweep(f"metric.goal: expected minimize or maximize, got {metric['goal']!r}")
     if metric.get("name") is not None and not isinstance(metric["name"], str):
         raise BadSweep(f"metric.name: expected a text, got {metric['name']!r}")
-    if metric.get("target") is not None and not (_number(metric["target"]) and metric.get("name")):
+    if metric.get("target") is not None and not (number(metric["target"]) and metric.get("name")):
         raise BadSweep(f"metric.target: expected a number, and metric.name, got {metric['target']!r}")
     if (config.get("method") == "bayes" or early) and not metric.get("name"):
         raise BadSweep(f"metric.name: {'early_terminate' if early else 'method bayes'} needs it")
@@ -265,9 +267,9 @@ def _check_metric(config: dict) -> None:
     if early:
         first, last, cuts, eta = (early.get(key, default) for key, default in
                                   (("min_iter", None), ("max_iter", None), ("s", None), ("eta", 3)))
-        if not (_number(first) and first >= 1 or _number(last) and last >= 1 and _number(cuts)):
+        if not (number(first) and first >= 1 or number(last) and last >= 1 and number(cuts)):
             raise BadSweep("early_terminate: hyperband needs min_iter, or max_iter and s, as numbers from 1")
-        if not (_number(eta) and eta > 1):
+        if not (number(eta) and eta > 1):
             raise BadSweep(f"early_terminate.eta: expected a number above 1, got {eta!r}")
 
 
@@ -302,14 +304,14 @@ def _check_values(spec: dict, place: str) -> None:
         return
     if not isinstance(odds, list) or len(odds) != len(values):
         raise BadSweep(f"parameters.{place}.probabilities: expected a list with one for each of values")
-    if not all(_number(odd) and odd >= 0 for odd in odds) or not sum(odds) > 0:
+    if not all(number(odd) and odd >= 0 for odd in odds) or not sum(odds) > 0:
         raise BadSweep(f"parameters.{place}.probabilities: expected numbers from 0, at least one of them above 0")
 
 
 def _check_numbers(kind: str, spec: dict, place: str) -> None:
     low, high = spec.get("min"), spec.get("max")
     if "uniform" in kind:
-        if not (_number(low) and _number(high)) or low > high:
+        if not (number(low) and number(high)) or low > high:
             raise BadSweep(f"parameters.{place}: {kind} needs numbers min <= max (write 1.0e-4, not 1e-4)")
         if kind == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
             raise BadSweep(f"parameters.{place}: int_uniform needs whole numbers")
@@ -319,18 +321,13 @@ def _check_numbers(kind: str, spec: dict, place: str) -> None:
             raise BadSweep(f"parameters.{place}: {kind} takes exponents up to {LARGEST_EXPONENT}; {kind}_values takes "
                            "the numbers themselves")
     for key in ("mu", "sigma", "a", "b", "q"):
-        if key in spec and not _number(spec[key]):
+        if key in spec and not number(spec[key]):
             raise BadSweep(f"parameters.{place}.{key}: expected a number, got {spec[key]!r}")
     for key in ("a", "b", "q"):
         if spec.get(key, 1) <= 0:
             raise BadSweep(f"parameters.{place}.{key}: expected a number above 0, got {spec[key]!r}")
     if spec.get("sigma", 1) < 0:
         raise BadSweep(f"parameters.{place}.sigma: expected a number from 0, got {spec['sigma']!r}")
-
-
-def _number(value) -> bool:
-    """A finite number, within what a float can hold with room for a difference."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _check_draw(parameters: dict) -> None:

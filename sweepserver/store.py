@@ -4,6 +4,7 @@ Every change is one transaction on disk before its answer leaves, so a `kill -9`
 Times are seconds since 1970; `config`, `summary`, `params` and `tags` are JSON texts.
 """
 
+import base64
 import contextlib
 import json
 import math
@@ -136,6 +137,24 @@ def now() -> float:
 def iso(seconds: float | None) -> str | None:
     """2026-01-31T12:00:00Z, as the client reads times."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def opaque(kind: str, key) -> str:
+    """The id of a thing as the client sees it: `kind:key` in base64."""
+    return base64.b64encode(f"{kind}:{key}".encode()).decode()
+
+
+def opaque_key(text: str | None) -> int | None:
+    """The row's number in an id that `opaque` made, None where it made no such id."""
+    try:
+        return int(base64.b64decode(text or "").split(b":")[1])
+    except (ValueError, IndexError):
+        return None
+
+
+def number(value) -> bool:
+    """Whether it is a finite number, within what a float can hold with room for a difference."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def clean(value):

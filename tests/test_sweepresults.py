@@ -20,8 +20,8 @@ def test_missing_points_in_grid_order():
     present = {(a, b, w) for a, b, w in zip(*(frame[n] for n in grid), strict=True)}
     expected = [p for p in itertools.product([2, 4, 6, 8], [128, 256], [32, 2, 4, 6, 8]) if p not in present]
     assert list(missing.fillna(32).itertuples(index=False, name=None)) == expected
-    found = sweepresults.missing_points(frame, {"weight_quant_bits": [32, "8"], "weight_per_channel": [True]})
-    assert found.shape == (1, 2)
+    found = sweepresults.missing_points(frame, {"weight_quant_bits": [32, "7", "nan"], "weight_per_channel": [True]})
+    assert found.shape == (2, 2)
     assert len(sweepresults.missing_points(frame, {})) == len(sweepresults.missing_points(report.to_frame([]), {})) == 0
 
 
@@ -50,6 +50,12 @@ def test_sweep_keeps_the_latest_finished_run_of_a_point():
     assert results.states == {"finished": 2, "crashed": 1}
     assert results.missing.to_dict("records") == [{"weight_bits": 8}]
     assert sweepresults.sweep_results(read(RUNS, method="random")).frame["run_id"].tolist() == ["old", "new"]
+
+
+def test_a_grid_whose_numbers_are_text_is_whole():
+    runs = [run("a", 4, 80.0, "2026-01-01"), run("b", "8", 90.0, "2026-01-02"), run("c", 8, 91.0, "2026-01-03")]
+    results = sweepresults.sweep_results(read(runs, values=("4", "8.0")))
+    assert results.frame["run_id"].tolist() == ["a", "c"] and len(results.missing) == 0
 
 
 def test_sweep_table_has_the_best_first_and_may_be_empty():

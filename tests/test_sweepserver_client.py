@@ -119,6 +119,7 @@ user.use_artifact("model-a2b20:latest")
 user.config.update({"late": 2})
 user.finish()
 again = wandb.init(project="read", id=user.id, resume="must")
+resumed = wandb.Api().run(again.path).state
 again.log({"resumed": again.starting_step})
 again.finish()
 mine = api.run(f"local/read/{user.id}")
@@ -144,7 +145,7 @@ print(json.dumps({
     "projects": [p.name for p in api.projects("local") if p.name == "read"],
     "sweeps": [s.id for s in api.project("read", "local").sweeps()],
     "used": [a.name for a in mine.used_artifacts()], "used_by": [r.id for r in artifact.used_by()] == [user.id],
-    "logged_by": artifact.logged_by().id == run.id, "resumed": mine.summary.get("resumed") is not None,
+    "logged_by": artifact.logged_by().id == run.id, "resumed": [resumed, mine.summary.get("resumed") is not None],
     "updated": [mine.config, mine.summary["extra"], mine.tags],
     "deleted": len(api.runs("local/read", {"name": gone.id})), "console": output,
 }))
@@ -288,7 +289,7 @@ print(json.dumps({"files": sorted(f.name.split("_")[0] for f in run.files()),
 
 
 VERSIONS = """
-import json, wandb
+import datetime, json, os, wandb
 run, api = wandb.init(project="versions"), wandb.Api()
 def log(artifact, **files):
     for name, text in files.items():
@@ -308,7 +309,24 @@ table = wandb.Table(columns=["x"], log_mode="INCREMENTAL")
 for x in range(3):
     table.add_data(x)
     run.log({"rows": table})
+open("far.txt", "w").write("far")
+far = new("far")
+far.add_reference("file://" + os.path.abspath("far.txt"))
+far.add_reference(named("kept:v1").get_entry("two").ref_url(), name="two")
+log(far, near="near")
+refused = []
+for ttl, aliases, way in ((1, [], run.log_artifact), (0, ["v7"], run.log_artifact), (0, [], run.upsert_artifact)):
+    artifact = new("refused")
+    if ttl:
+        artifact.ttl = datetime.timedelta(days=ttl)
+    try:
+        way(artifact, aliases=aliases, **({} if way == run.log_artifact else {"distributed_id": "g"})).wait()
+    except ValueError as error:
+        refused.append(str(error))
 run.finish()
+far = named("far:v0")
+folder = far.download(root="far")
+far = [{name: open(f"{folder}/{name}").read() for name in sorted(os.listdir(folder))}, len(far.files())]
 named("kept:v0").delete(delete_aliases=True)
 named("moved:v1").delete()
 kept, grown = named("kept:v1"), named("grown:latest")
@@ -330,21 +348,41 @@ print(json.dumps({
     "kept": [open(f"{folder}/{name}").read() for name in ("one", "two")], "files": sorted(f.name for f in kept.files()),
     "again": [again, [a.name for a in api.run(f"local/versions/{other.id}").logged_artifacts()]],
     "latest": named("renamed:latest").version, "grown": [sorted(grown.manifest.entries), grown.version],
-    "rows": rows.get(sorted(rows.manifest.entries)[-1]).data,
+    "far": far, "refused": refused, "rows": rows.get(sorted(rows.manifest.entries)[-1]).data,
     "changed": [changed.name, changed.description, changed.type, changed.tags],
     "left": sorted(c.name for c in wandb.Api().artifact_type("data", "local/versions").collections())}))
 """
 
 TWICE = """
-import json, wandb
+import json, os, subprocess, sys, wandb
 for count, more in ((5, {}), (2, {}), (1, {"resume": "must"})):
     run = wandb.init(project="twice", id="same", **more)
     for i in range(count):
         run.log({"a": {"b": count + i / 10, "c": {"d": i}}})
     run.finish()
+def go(name, *steps, **more):
+    run = wandb.init(project="twice", id=name, **more)
+    for step in steps:
+        run.log({"x": step}, step=step)
+    run.finish()
+    return os.path.dirname(run.dir)
+def steps(name):
+    return [row["_step"] for row in wandb.Api().run(f"local/twice/{name}").scan_history()]
+kept = go("kept", 0, 1)
+go("later", 0, 1, 2)
+go("later", 7)
+go("kept", 5, resume="must")
+sync = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", "--include-synced", kept]
+subprocess.run(sync, check=True, capture_output=True)
+try:
+    wandb.init(project="twice", fork_from="kept?_step=0")
+    forked = ""
+except wandb.Error as error:
+    forked = str(error)
 run = wandb.Api().run("local/twice/same")
 whole = [[row["_step"], row["a.b"], row["a.c.d"]] for row in run.scan_history()]
-print(json.dumps({"whole": whole, "frame": len(run.history()), "last": run.lastHistoryStep,
+print(json.dumps({"whole": whole, "later": steps("later"), "kept": steps("kept"), "forked": forked,
+    "frame": len(run.history()), "last": run.lastHistoryStep,
     "sampled": [row["a.b"] for row in run.history(keys=["a.b"], pandas=False)],
     "scan": [row["a.c.d"] for row in run.scan_history(keys=["a.c.d"])],
     "mine": [len(wandb.Api().runs("local/twice", {"username": name})) for name in (run.user.username, "other")]}))
@@ -413,14 +451,23 @@ def test_a_version_outlives_the_others_and_holds_what_it_adds_to(found):
     assert seen["again"] == ["v1", ["kept:v1"]]  # the same content by another run: no new version
     assert seen["latest"] == "v0"  # the last one logged has its content, and v1 is deleted
     assert seen["grown"] == [["a", "b", "c"], "v2"] and seen["rows"] == [[0], [1], [2]]
-    assert seen["changed"] == ["renamed", "text", "other", ["b"]] and seen["left"] == ["kept"]
+    assert seen["changed"] == ["renamed", "text", "other", ["b"]] and seen["left"] == ["far", "kept"]
+
+
+def test_references_are_downloaded_and_what_an_artifact_cannot_be_is_refused(found):
+    seen = found("versions")
+    assert seen["far"] == [{"far.txt": "far", "near": "near", "two": "2"}, 3]
+    assert [word in line for word, line in zip(("ttl", "'v7'", "upsert_artifact"), seen["refused"], strict=True)] == \
+        [True] * 3
 
 
 def test_a_run_begun_anew_under_its_id_has_one_history_and_nested_metrics_have_dotted_names(found):
     seen = found("twice")
     assert [row[1:] for row in seen["whole"]] == [[2.0, 0], [2.1, 1], [1.0, 0]] and seen["frame"] == 3
     assert [row[0] for row in seen["whole"]] == [0, 1, seen["last"]] and seen["last"] > 1
-    assert seen["sampled"] == [2.0, 2.1, 1.0] and seen["scan"] == [0, 1, 0] and seen["mine"] == [1, 0]
+    assert seen["sampled"] == [2.0, 2.1, 1.0] and seen["scan"] == [0, 1, 0] and seen["mine"] == [3, 0]
+    assert seen["later"] == [7] and seen["kept"] == [0, 1, 5]  # a sync of the first two takes nothing from the third
+    assert "fork_from" in seen["forked"]
 
 
 def test_a_sweep_of_two_agents_is_read_back_through_the_api(found):
@@ -438,7 +485,8 @@ def test_a_sweep_of_two_agents_is_read_back_through_the_api(found):
     assert {"config.yaml", "requirements.txt", "wandb-metadata.json", "wandb-summary.json"} <= set(seen["files"])
     assert seen["ordered"] == ["a2b20", "a2b10"] and seen["filtered"] == 2
     assert seen["projects"] == ["read"] and seen["sweeps"] == [path.split("/")[2]]
-    assert seen["used"] == ["model-a2b20:v0"] and seen["used_by"] and seen["logged_by"] and seen["resumed"]
+    assert seen["used"] == ["model-a2b20:v0"] and seen["used_by"] and seen["logged_by"]
+    assert seen["resumed"] == ["running", True]
     assert "the score is 2.2" in seen["console"]
     assert seen["updated"] == [{"lr": 1, "late": 2, "new": 7}, 5, ["x"]] and seen["deleted"] == 0
 

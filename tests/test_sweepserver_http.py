@@ -367,6 +367,45 @@ def test_nonsense_never_gets_a_5xx(direct, body):
     assert direct.request("POST", "/files/local/p/nonsense/file_stream", body)[0] in (200, 400)
 
 
+@pytest.mark.parametrize("field, given, word", [
+    ("createArtifact", {"distributedID": "g"}, "distributed artifacts"),
+    ("createArtifact", {"ttlDurationSeconds": 60}, "artifact.ttl"),
+    ("createArtifact", {"aliases": [{"alias": "v5"}]}, "alias 'v5'"),
+    ("createArtifact", {"projectName": "a#b"}, "project 'a#b'"),
+    ("updateArtifact", {"ttlDurationSeconds": 60}, "artifact.ttl"),
+    ("updateArtifact", {"aliases": [{"alias": "v5"}]}, "alias 'v5'"),
+    ("addAliases", {"aliases": [{"alias": "v5"}]}, "alias 'v5'"),
+    ("upsertBucket", {"config": json.dumps({"_wandb": {"value": {"branch_point": {"run_id": "x", "step": 1}}}})},
+     "fork_from"),
+    ("upsertModel", {"name": "a/b"}, "project 'a/b'"), ("upsertBucket", {"modelName": "a?"}, "project 'a?'"),
+    ("upsertSweep", {"config": grid(1), "projectName": "a:b"}, "project 'a:b'"),
+])  # fmt: skip
+def test_what_is_not_supported_is_refused_in_one_line(direct, field, given, word):
+    create = "mutation C($i: CreateArtifactInput!) { createArtifact(input: $i) { artifact { id } } }"
+    whole = {"entityName": "", "projectName": "p", "artifactCollectionName": "refused", "artifactTypeName": "t",
+             "digest": "d"}  # no entity: as `wandb sync` asks
+    key = direct.ask(create, i={**whole, "ttlDurationSeconds": -1})["createArtifact"]["artifact"]["id"]
+    inputs = {"createArtifact": whole, "updateArtifact": {"artifactID": key}, "addAliases": {"artifactID": key},
+              "upsertBucket": {"name": "refused", "modelName": "p"}}
+    answer = direct.graphql(f"mutation M($i: I!) {{ {field}(input: $i) {{ __typename }} }}",
+                            i={**inputs.get(field, {}), **given})
+    (error,) = answer["errors"]
+    assert word in error["message"] and "\n" not in error["message"] and answer["data"] == {field: None}
+
+
+def test_what_the_client_asks_of_a_server_before_it_goes_on(direct):
+    info = direct.ask("{ serverInfo { features { name isEnabled } cliVersionInfo } }")["serverInfo"]
+    assert {"name": "TOTAL_COUNT_IN_FILE_CONNECTION", "isEnabled": True} in info["features"]
+    assert info["cliVersionInfo"]["max_cli_version"]
+    direct.begin("dotted")
+    url = upload_address(direct, "dotted", "sub/a.txt")["data"]["createRunFiles"]["files"][0]["uploadUrl"]
+    assert direct.request("PUT", url, b"here", {})[0] == 200
+    query = "{ project(name: \"p\") { run(name: \"dotted\") { files(names: [\"./sub/a.txt\"]) { edges { node { " \
+            "name sizeBytes } } } } } }"
+    (edge,) = direct.ask(query)["project"]["run"]["files"]["edges"]
+    assert edge["node"] == {"name": "sub/a.txt", "sizeBytes": 4}
+
+
 def test_an_unknown_operation_is_an_error_with_status_200(direct):
     answer = direct.graphql("query Newer { viewer { id } newThing(id: 1) { x } }")
     assert answer["status"] == 200 and answer["data"]["viewer"]["id"] and "newThing" in answer["errors"][0]["message"]

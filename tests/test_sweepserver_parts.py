@@ -13,7 +13,7 @@ import pytest
 
 from sweepserver import app, figures, pages, walker
 from sweepserver.files import Files, checked_name
-from sweepserver.runs import Runs, matches, spread
+from sweepserver.runs import Runs, best, spread
 from sweepserver.scheduler import Rules, Scheduler
 from sweepserver.search import BadSweep, bayes_point, draw, library, parse_sweep, random_point
 from sweepserver.store import Store, clean, clean_text
@@ -205,12 +205,31 @@ def runs(tmp_path):
     ({"summary_metrics.deep": {"$lt": 2}}, "01"), ({"$or": [{"name": "r0"}, {"name": {"$in": ["r3"]}}]}, "03"),
     ({"tags": "t1"}, "1"), ({"tags": {"$nin": ["t1"]}}, "023"), ({"display_name": {"$regex": "^zzz"}}, ""),
     ({"state": {"$ne": "finished"}}, "23"), ({"summary_metrics.val/acc": {"$exists": False}}, "2"),
-    ({"config.bits": {"$gt": "a"}}, ""), ({"$not": {"state": "failed"}}, "013"), ({"config.bits": {"$mod": 2}}, ""),
+    ({"config.bits": {"$gt": "a"}}, ""), ({"$not": {"state": "failed"}}, "013"),
+    ({"name": {"$regex": "^R[01]", "$options": "i"}}, "01"), ({"name": {"$regex": "^R"}}, ""),
     ({"username": "local"}, "0123"), ({"user": {"$ne": "local"}}, ""), ({"entity": "e"}, "0123"),
     ({"created_at": {"$gt": "2020-01-01T00:00:00"}}, "0123"), ({"created_at": {"$gt": "2999-01-01"}}, ""),
 ])  # fmt: skip
 def test_filters(runs, filters, want):
     assert "".join(run["name"][1] for run in runs.find(1, filters)) == want
+
+
+@pytest.mark.parametrize("filters, word", [
+    ({"config.bits": {"$mod": 2}}, "$mod"), ({"$where": "1"}, "$where"), ({"name": {"$options": "i"}}, "$options"),
+    ({"name": {"$regex": "("}}, "$regex '('"), ({"name": {"$regex": "r", "$options": "q"}}, "$options 'q'"),
+])  # fmt: skip
+def test_a_filter_that_is_not_known_is_refused(runs, filters, word):
+    with pytest.raises(walker.Refused) as caught:
+        runs.find(1, filters)
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entity, name", [("e", name) for name in ("a/b", "a\\b", "a#b", "a?b", "50%", "a:b", "..", " ",
+                                                                   "a\nb", "n" * 129)] + [("", "p"), ("e/f", "p")])
+def test_a_project_that_no_address_leads_to_is_refused(runs, entity, name):
+    with pytest.raises(walker.Refused, match="expected at most 128 letters"):
+        runs.project(entity, name, create=True)
+    assert runs.project(entity, name) is None and runs.project("e", "two words", create=True)
 
 
 @pytest.mark.parametrize("order, want", [
@@ -242,7 +261,40 @@ def test_nested_metrics_are_kept_under_dotted_names_and_media_whole(runs):
     runs.stream(run, {"wandb-history.jsonl": {"offset": 0, "content": [json.dumps(row)]}})
     assert runs.rows(run, "history") == [{"_step": 0, "a.b": 1.5, "a.c.d": 2, "a.c.p": image, "e": {}}]
     assert runs.sampled(run, {"keys": ["a.b"]}) == [{"a.b": 1.5}]
-    assert runs.history_keys(run)["keys"]["a.c.d"]["typeCounts"] == [{"type": "number", "count": 1}]
+    assert runs.history_keys(run)["keys"]["a.c.d"] == {"typeCounts": [{"type": "number", "count": 1}],
+                                                       "previousValue": 2}
+
+
+@pytest.mark.parametrize("given, rows, state", [
+    ({"jobProgram": "p.py"}, 0, "running"), ({"jobProgram": "<python with no main file>"}, 0, "running"),
+    ({"jobProgram": "p.py", "id": True}, 2, "running"),  # resumed
+    ({"jobProgram": "/venv/bin/wandb"}, 2, "running"), ({"jobProgram": "-m wandb.__main__"}, 2, "running"),  # synced
+    ({"host": "h"}, 2, "running"), ({"notes": "n", "id": True}, 2, "finished"),
+])  # fmt: skip
+def test_a_run_id_used_again_begins_anew_but_for_a_resume_and_a_sync(runs, given, rows, state):
+    run = runs.get(1, "r0")
+    lines = {"offset": 0, "content": ['{"_step": 0, "x": 1}', '{"_step": 1, "x": 2}']}
+    runs.stream(run, {"wandb-history.jsonl": lines, "output.log": lines})
+    assert runs.metric(run, "x") == [1, 2]
+    row, inserted = runs.upsert(1, {"name": "r0", **given, **({"id": runs.storage_id(run)} if "id" in given else {})})
+    assert (row["state"], inserted) == (state, False)
+    assert [runs.count(run, "history"), runs.count(run, "log"), len(runs.metric(run, "x"))] == [rows] * 3
+
+
+def test_a_sync_of_less_than_was_streamed_takes_nothing_back_and_one_of_more_adds_it(runs):
+    run = runs.get(1, "r0")
+
+    def send(offset, *rows):
+        runs.stream(run, {"wandb-history.jsonl": {"offset": offset, "content": rows}})
+        return [(row["_step"], row["x"]) for row in runs.rows(run, "history")]
+
+    sent = [f'{{"_step": {i}, "x": {i}, "nan": NaN}}' for i in range(4)]
+    again = [f'{{"nan": NaN, "x": {i}, "_step": {i}}}' for i in range(6)]
+    whole = [(i, i) for i in range(4)]
+    assert send(0, *sent) == send(4, *again[:3]) == whole
+    for _ in range(2):  # the second time: a retry
+        assert send(4, *again) == [*whole, (4, 4), (5, 5)]
+    assert send(20, *again[:1], '{"_step": 1, "x": 9}') == [(0, 0), (1, 9)]  # another log under the same id
 
 
 def test_a_run_that_begins_anew_takes_back_the_lines_from_there_on_and_a_retry_none(runs):
@@ -266,8 +318,12 @@ def test_null_never_erases(runs):
     assert (row["notes"], row["group"], inserted) == ("kept", "g", False) and runs.config(row)["bits"] == 0
 
 
-def test_unknown_operator_matches_nothing_and_spread_keeps_the_ends():
-    assert not matches(type("V", (), {"get": lambda self, name: 3})(), {"a": {"$where": "1"}})
+def test_the_best_is_a_finite_number():
+    values = [None, "9", True, float("nan"), math.inf, 10**400, 1, 3.0, 2]
+    assert (best(values, "maximize"), best(values, "minimize"), best(values[:6], "maximize")) == (7, 6, None)
+
+
+def test_spread_keeps_the_ends():
     assert spread(list(range(100)), 3) == [0, 50, 99] and spread([1, 2], 5) == [1, 2]
 
 
@@ -296,6 +352,25 @@ def hand_out(scheduler, sweep: str):
 
 def again(scheduler, run):
     return scheduler.runs.get(1, run["name"])
+
+
+def test_two_prior_runs_of_a_point_count_once_and_a_full_disk_is_not_hidden(scheduler, monkeypatch):
+    for name in ("r0", "r1"):
+        scheduler.runs.upsert(1, {"name": name, "config": json.dumps({"a": {"value": 1}})})
+    given = {"config": "method: grid\nparameters: {a: {values: [0, 1, 2]}}",
+             "priorRunsFilters": json.dumps({"name": {"$in": ["r0", "r1"]}})}
+    sweep = scheduler.upsert_sweep(1, given)
+    assert scheduler.counts(scheduler.sweep(sweep))["done"] == 1
+    insert = scheduler.store.insert
+
+    def full(table, **columns):
+        if table == "point":
+            raise sqlite3.OperationalError("database or disk is full")
+        return insert(table, **columns)
+
+    monkeypatch.setattr(scheduler.store, "insert", full)
+    with pytest.raises(sqlite3.OperationalError):
+        scheduler.upsert_sweep(1, given)
 
 
 def test_a_stop_asked_of_a_run_before_it_begins_is_not_lost(scheduler):
@@ -600,6 +675,19 @@ def test_a_sweep_that_the_projects_figures_cannot_draw_gets_the_servers_own(monk
     bits = [{**row, "config": row["params"], "values": {**row["values"], "test_acc_quantized": 90.0}} for row in rows()]
     monkeypatch.setattr(report, "pareto_figure", lambda frame: 1 / 0)
     assert figures.draw(bits, "test_acc_quantized", "maximize")["pareto"]["data"]
+
+
+def test_a_parameter_may_be_a_list_or_a_mapping():
+    odd = [{"name": f"r{i}", "params": {"shape": [i], "opt": {"lr": i % 2}}, "values": {"acc": i}, "config": {}}
+           for i in range(3)]
+    heat = figures.heatmap(odd, "acc")["data"][0]
+    assert heat["y"] == ["[0]", "[1]", "[2]"] and heat["x"] == ["{'lr': 0}", "{'lr': 1}"] and heat["z"][2] == [2, None]
+
+
+def test_a_figure_that_fails_takes_no_other_with_it(monkeypatch):
+    monkeypatch.setattr(figures, "varying", lambda rows: 1 / 0)
+    drawn = figures.draw(rows(), "acc", "maximize")
+    assert drawn["parallel"] is None and drawn["heatmap"] is None and drawn["pareto"]["data"]
 
 
 def test_a_summary_value_may_be_of_any_kind():
