@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from data import Normalization, network_timeout
-from errors import UserError
-from files import write_bytes
+from errors import UserError, reason
+from files import obstacle, write_bytes
 from models import Architecture, MobileNetV2, skeleton
 from models.mobilenetv2_cifar import replace_classifier
 from vision import import_torchvision
 
 FORMAT = "mobilenetv2-cifar-checkpoint"
+PACKED = b'{"__metadata__":{"packed":'  # how the header of a packed file (compression.py) begins
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "mnv2_cifar10_fp32.safetensors"
 
 
@@ -69,8 +71,11 @@ def write_torch(path: Path, content: Any) -> None:
 def read_tensors(path: Path, advice: str = "give one that train.py wrote") -> tuple[dict[str, Tensor], str | None]:
     """(tensors, header or None) of a weight file in either format; UserError with `advice` where it is no such file."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; {advice}")
+    if wrong := obstacle(path):
+        raise UserError(f"{path} {wrong}; {advice}")
+    with open(path, "rb") as file:
+        if file.read(8 + len(PACKED))[8:] == PACKED:
+            raise UserError(f"{path} is a packed file; evaluate it with test.py --packed")
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
@@ -88,15 +93,19 @@ def read_tensors(path: Path, advice: str = "give one that train.py wrote") -> tu
             raise ValueError("it holds other things than tensors")
         return state, header
     except Exception as error:  # the readers raise many kinds; for the user they mean one thing
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be read safely ({reason}); {advice}") from None
+        raise UserError(f"{path} is not a checkpoint that can be read safely ({reason(error)}); {advice}") from None
 
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint in `path`; UserError that says what does not fit."""
     state, header = read_tensors(path)
+    if header is None:
+        raise UserError(
+            f"{path} is not a checkpoint of this project (weights alone, without the names of their classes and more); "
+            "only checkpoints that train.py wrote can be used"
+        )
     try:
-        fields = json.loads(header or "")
+        fields = json.loads(header)
         if fields.pop("format") != FORMAT:
             raise ValueError
         checkpoint = Checkpoint(
@@ -120,6 +129,8 @@ def load(path: Path) -> Checkpoint:
     check_state(expected, state, path)
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{path} has weights that are not finite numbers; give another --checkpoint")
+    if negative := [n for n in state if n.endswith("running_var") and (state[n] < 0).any()]:
+        raise UserError(f"{path} has negative variances ({negative[0]}); it is damaged, give another --checkpoint")
     return checkpoint
 
 
@@ -179,7 +190,7 @@ def pretrained_state(model: MobileNetV2) -> dict[str, Tensor]:
         raise UserError(f"--pretrained has weights for --width-mult 1.0 only, not {model.architecture.width_mult}")
     weights = import_torchvision("torchvision.models").MobileNet_V2_Weights.IMAGENET1K_V2
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    if not path.is_file():
+    if not os.path.isfile(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with network_timeout():

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UserError
-from files import write_atomically
+from errors import UserError, reason
+from files import obstacle, write_bytes
 from vision import import_torchvision
 
 DATASETS = ("cifar10", "cifar100", "folder", "digits")
@@ -145,27 +146,48 @@ def read_image(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            colours = image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of palettes and of large images
+            if wrong := obstacle(path):  # a pipe would be waited for
+                raise ValueError(f"it {wrong}")
+            with Image.open(path) as image:
+                colours = eight_bits(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
-        raise UserError(f"{path} is not a readable image ({error}); remove or replace it") from None
+        raise UserError(f"{path} is not a readable image ({reason(error)}); remove or replace it") from None
     if colours.size != (SIZE, SIZE):
         colours = colours.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return np.asarray(colours)
+
+
+def eight_bits(image: Any) -> Any:
+    """A Pillow image: grey of 16 bits as grey of 8 (Pillow's own conversion cuts it off at 255), others as they are."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of no known range")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+        return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    return image
 
 
 def read_cifar(name: str, root: Path) -> Dataset:
     """CIFAR-10 or CIFAR-100 through torchvision, which downloads the archive and checks its MD5."""
     datasets = import_torchvision("torchvision.datasets")
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    new = not root.exists()
     try:
         with warnings.catch_warnings(), network_timeout():
             warnings.simplefilter("ignore")
             parts = [kind(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision lets URLError, RuntimeError, tarfile and zlib errors through
+        if new:  # torchvision made it; a mistyped name leaves no folder
+            with contextlib.suppress(OSError):
+                root.rmdir()
+        own = f"; images of your own would lie in {root / 'train'}, which does not exist, and {root / 'test'}"
         raise UserError(
-            f"cannot get {name} ({type(error).__name__}: {error}); put the whole {kind.filename} (MD5 {kind.tgz_md5}) "
-            f"into {root} or give another --data-dir, or try --dataset digits, which needs no download"
+            f"cannot get {name} ({type(error).__name__}: {reason(error)}); put the whole {kind.filename} (MD5 "
+            f"{kind.tgz_md5}) into {root} or give another --data-dir, or try --dataset digits, which needs no "
+            f"download{own if default_name(root) == name else ''}"
         ) from None
     splits = [Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts]
     return Dataset(name, tuple(parts[0].classes), *splits)
@@ -218,7 +240,8 @@ def source_fingerprint(name: str, root: Path) -> str:
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda e: e.name):
                     stat = entry.stat(follow_symlinks=entry.is_file())  # a broken link has only a stat of its own
-                    digest.update(f"{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                    line = f"{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n"
+                    digest.update(os.fsencode(line))  # a name may be no UTF-8
                     found = True
     return digest.hexdigest() if found else ""
 
@@ -228,14 +251,23 @@ def source_fingerprint(name: str, root: Path) -> str:
 
 def default_name(root: Path) -> str:
     """The data set meant where --dataset is not given: `folder` if there is a `train` folder, else `cifar10`."""
-    return "folder" if (Path(root) / "train").is_dir() else "cifar10"
+    return "folder" if os.path.isdir(Path(root) / "train") else "cifar10"
 
 
 def load(name: str, root: Path) -> Dataset:
     """The data set `name` whose source is in `root`, from its cache where that is whole and current."""
     if name not in DATASETS:
         raise UserError(f"--dataset is {name!r}; expected one of {', '.join(DATASETS)}")
-    root = Path(root)
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise UserError(f"--data-dir {root} is a file; give the folder that holds the data set")
+    try:
+        return read_source(name, Path(root))
+    except OSError as error:  # a folder that is closed to us, a link that leads to itself, a name that is too long
+        raise UserError(f"--data-dir {root}: cannot read {error.filename} ({error.strerror})") from None
+
+
+def read_source(name: str, root: Path) -> Dataset:
+    """`load` without its checks."""
     cache = root / f"{name}-{SIZE}x{SIZE}.safetensors"
     fingerprint = source_fingerprint(name, root)
     dataset = read_cache(cache, name, fingerprint) if cache.exists() else None
@@ -248,7 +280,7 @@ def load(name: str, root: Path) -> Dataset:
 
 
 def write_cache(path: Path, dataset: Dataset, fingerprint: str) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {
         "version": CACHE_VERSION,
@@ -257,7 +289,7 @@ def write_cache(path: Path, dataset: Dataset, fingerprint: str) -> None:
         "source": fingerprint,
         "crc32": dataset.crc32,
     }
-    write_atomically(path, lambda temporary: save_file(dataset.tensors, temporary, metadata))
+    write_bytes(path, save(dataset.tensors, metadata))
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -302,8 +334,11 @@ def stratified_split(split: Split, held_out: int, seed: int) -> tuple[Split, Spl
     counts = torch.bincount(split.labels)
     shares = counts.double() * held_out / len(split)
     take = shares.floor().long()
-    order = torch.argsort(shares - take, descending=True, stable=True)
-    take[order[: held_out - int(take.sum())]] += 1
+    while missing := held_out - int(take.sum()):
+        room = take < counts - 1  # the last image of a class is taken only where all classes are down to it
+        room = room if room.any() else take < counts
+        order = torch.argsort((shares - take).masked_fill(~room, -torch.inf), descending=True, stable=True)
+        take[order[: min(missing, int(room.sum()))]] += 1
     chosen = torch.zeros(len(split), dtype=torch.bool)
     for label, count in enumerate(take.tolist()):
         members = torch.nonzero(split.labels == label).flatten()

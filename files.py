@@ -1,15 +1,19 @@
 """Files that are either there and whole, or not there: atomic writes.
 
 A write goes to a temporary file in the same folder, is flushed to the disk, and takes the name in one step
-(`os.replace`, POSIX rename). A `kill -9` at any moment leaves the file that was there before.
+(`os.replace`, POSIX rename). A `kill -9` at any moment leaves the file that was there before. A link stays a link: what
+it leads to is written.
 """
 
 import contextlib
+import errno
+import fcntl
 import glob
 import os
+import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from errors import UserError
@@ -19,21 +23,29 @@ STALE_SECONDS = 3600  # a temporary file older than this belongs to no write tha
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write(temporary path)`, then gives what it wrote the name `path`. Makes the folder if it is missing."""
-    path = Path(path)
     try:
-        name = new_temporary(path)
+        end = link_end(path)
+        name = new_temporary(end)
         try:
             write(Path(name))
             with open(name, "rb") as file:
                 os.fsync(file.fileno())
             os.chmod(name, 0o666 & ~current_umask())  # mkstemp makes private files; ours are ordinary ones
-            os.replace(name, path)
+            os.replace(name, end)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from None
+
+
+def link_end(path: Path) -> Path:
+    """The place that `path` names, links followed. OSError where they go round in a circle."""
+    end = os.path.realpath(path)
+    if os.path.islink(end):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return Path(end)
 
 
 def new_temporary(path: Path) -> str:
@@ -49,21 +61,54 @@ def check_writable(path: Path) -> None:
 
     Writes nothing under that name. Removes what a killed process left of earlier writes to it.
     """
-    path = Path(path)
     try:
-        if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
-        os.unlink(new_temporary(path))
-        for left_over in path.parent.glob(glob.escape(f".{path.name}.") + "????????" + glob.escape(path.suffix)):
+        end = link_end(path)
+        if end.exists() and not end.is_file():
+            raise UserError(f"cannot write {path}: it {obstacle(end)}; give the name of a file")
+        os.unlink(new_temporary(end))
+        for left_over in end.parent.glob(glob.escape(f".{end.name}.") + "????????" + glob.escape(end.suffix)):
             if time.time() - left_over.stat().st_mtime > STALE_SECONDS:
                 left_over.unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from None
 
 
+def obstacle(path: Path) -> str | None:
+    """Why `path` cannot be read as a file ("does not exist", ...); None where it can. Raises nothing, unlike pathlib's
+    questions, which do in folders that are closed to us."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not stat.S_ISREG(mode):
+        return "is a folder" if stat.S_ISDIR(mode) else "is a device or a pipe"
+    return None if os.access(path, os.R_OK) else f"cannot be read ({os.strerror(errno.EACCES)})"
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Holds a lock file beside `path`; UserError where another program does. The system lets go of it when the process
+    ends, however it ends."""
+    try:
+        end = link_end(path)
+        file = open(end.with_name(f".{end.name}.lock"), "w")
+    except OSError as error:
+        raise UserError(f"cannot write beside {path}: {error.strerror}; choose another place") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another program writes {path} now; wait for its end, or choose another place") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def same_file(one: Path | None, other: Path | None) -> bool:
     """Whether both are given and name one place."""
-    return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
+    return one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
 def current_umask() -> int:

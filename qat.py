@@ -27,9 +27,9 @@ from data import Dataset, Split, calibration_split
 from errors import UserError
 from evaluation import score
 from learned import LearnedNetwork
-from network import Network, fold_batch_norm, run_ops, to_device
+from network import Network, run_ops, to_device
 from quantization import float_network, predictor
-from subject import split_as_trained, split_of
+from subject import data_flag, folded, split_as_trained, split_of
 from training import Recipe, State
 
 IMAGES = 512  # that calibrate the first network; fine-tuning makes more of them needless
@@ -66,9 +66,12 @@ def first_tuning(
         raise UserError("--qat needs --checkpoint: the FP32 network that it starts from and learns from")
     checkpoint = checkpoints.load(path)
     if checkpoint.classes != dataset.classes:
-        raise UserError(f"{path} was trained on other classes ({checkpoint.dataset}) than {dataset.name} has")
+        raise UserError(
+            f"{path} was trained on other classes ({checkpoint.dataset}) than {dataset.name} has; "
+            f"{data_flag(checkpoint.dataset)}"
+        )
     train, val = split_as_trained(checkpoint, dataset.train)
-    teacher = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
+    teacher = folded(checkpoint, path)
     images = calibration_split(train, IMAGES, seed).images
     begun = time.perf_counter()
     plan = method_plan("auto", weight_bits, activation_bits)[0]

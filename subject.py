@@ -4,6 +4,7 @@ Calibration sees `train` alone; choices may be made on `validation`, which the c
 is for reporting.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +39,27 @@ def load(path: Path | None, dataset: str | None, data_dir: Path, validation: boo
     checkpoint = checkpoints.load(path)
     loaded = load_data(dataset, data_dir, path, checkpoint.dataset, checkpoint.classes)
     splits = split_as_trained(checkpoint, loaded.train, validation)
-    network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
     named = loaded.name, loaded.crc32
-    return Subject(path, checkpoints.short_hash(path), checkpoint, network, *named, *splits, loaded.test)
+    return Subject(
+        path, checkpoints.short_hash(path), checkpoint, folded(checkpoint, path), *named, *splits, loaded.test
+    )
+
+
+def folded(checkpoint: Checkpoint, path: Path) -> Network:
+    """The checkpoint's network on the CPU, batch norm folded. UserError where a weight is too large for that."""
+    network = to_device(fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization), "cpu")
+    for name, weight in network.weights.items():
+        if not (weight.isfinite().all() and network.biases[name].isfinite().all()):
+            raise UserError(
+                f"{path} has weights in {name} that are not finite once batch norm is folded; give another --checkpoint"
+            )
+    return network
 
 
 def default_checkpoint() -> Path:
     """The user's own, or the one that comes along."""
     own = Path("checkpoints/mnv2_fp32_best.pth")
-    return own if own.exists() else checkpoints.DEFAULT_CHECKPOINT
+    return own if os.path.exists(own) else checkpoints.DEFAULT_CHECKPOINT
 
 
 def load_data(name: str | None, data_dir: Path, model: Path, hint: str, classes: tuple[str, ...]) -> data.Dataset:
@@ -59,9 +72,15 @@ def load_data(name: str | None, data_dir: Path, model: Path, hint: str, classes:
     if dataset.classes != classes:
         raise UserError(
             f"--data-dir {data_dir} ({found}) has the classes {', '.join(dataset.classes[:3])}, ... but the "
-            f"model {model} knows {', '.join(classes[:3])}, ...; give the data set it was trained on"
+            f"model {model} knows {', '.join(classes[:3])}, ...; {data_flag(hint)}"
         )
     return dataset
+
+
+def data_flag(name: str) -> str:
+    """What to give for a model that was trained on the data set `name`."""
+    known = name in data.DATASETS and name != "folder"  # a folder's name says nothing of the images in it
+    return f"give --dataset {name}" if known else "give the --data-dir of the images it was trained on"
 
 
 def split_as_trained(checkpoint: Checkpoint, train: data.Split, validation: bool = False) -> tuple[data.Split, ...]:

@@ -8,7 +8,11 @@ examples:
                                                                quantization-aware fine-tuning to a packed file
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401 - first of all: Ctrl-C while the others are imported
+
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -19,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +38,13 @@ import training
 from allocator import keep_freed_memory
 from checkpoint import Checkpoint
 from cli import MOST_SEED, flag, option, parse, to_argv
-from errors import UserError, run_main
+from errors import UserError, reason, run_main
 from evaluation import Score, choose_device, normalized, score
-from files import check_writable, same_file
+from files import check_writable, same_file, sole_writer
 from interrupts import Interrupted, signals_caught
 from models import Architecture, MobileNetV2, multiply_adds, skeleton
 from subject import split_as_trained, split_of
-from traininglog import Epoch, open_log
+from traininglog import COLUMNS, Epoch, open_log
 
 IMAGENET = data.Normalization((124, 116, 104), 58.0)  # what torchvision's weights were trained with, rounded to pixels
 
@@ -70,9 +74,9 @@ class Settings:
         None, "start from the weights of this checkpoint; a new classifier if its classes are others", group="network"
     )
 
-    epochs: int = option(300, "passes over the training images", low=1, group="training")
-    batch_size: int = option(128, "images a step", low=2, group="training")
-    lr: float = option(0.1, "highest learning rate", low=0, group="training")
+    epochs: int = option(300, "passes over the training images", low=1, high=10**6, group="training")
+    batch_size: int = option(128, "images a step", low=2, high=10**6, group="training")
+    lr: float = option(0.1, "highest learning rate", low=0, high=1000, group="training")
     scheduler: str = option(
         "cosine", "learning rate after the warm-up", choices=("cosine", "constant"), group="training"
     )
@@ -80,14 +84,14 @@ class Settings:
         None, "length of the linear warm-up (default: 5, at most a tenth of the epochs)", low=0, group="training"
     )
     momentum: float = option(0.9, "Nesterov momentum", low=0, high=0.999, group="training")
-    weight_decay: float = option(5e-4, "on convolution and linear weights", low=0, group="training")
+    weight_decay: float = option(5e-4, "on convolution and linear weights", low=0, high=1000, group="training")
     label_smoothing: float = option(0.1, "share of the target given to all classes", low=0, high=0.9, group="training")
     ema_decay: float = option(
         0.0, "evaluate and save a moving average of the weights, e.g. 0.999", low=0, high=0.99999, group="training"
     )
     seed: int = option(0, "of weights, split, order and augmentation", low=0, high=MOST_SEED, group="training")
     max_minutes: float = option(
-        0.0, "end after this much time on the clock; the schedule bends to it", low=0, group="training"
+        0.0, "end after this much time on the clock; the schedule bends to it", low=0, high=10**6, group="training"
     )
     eval_every: int = option(1, "epochs between evaluations on validation and test", low=1, group="training")
 
@@ -105,7 +109,7 @@ class Settings:
         high=8,
         group="fine-tuning",
     )
-    qat_lr: float = option(0.002, "highest learning rate of --qat (Adam's)", low=0, group="fine-tuning")
+    qat_lr: float = option(0.002, "highest learning rate of --qat (Adam's)", low=0, high=1000, group="fine-tuning")
     distill: float = option(
         1.0, "the teacher's share in the loss of --qat; the labels have the rest", low=0, high=1, group="fine-tuning"
     )
@@ -173,31 +177,35 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     if settings.compile:
         check_compiler(device)
     recipe = make_recipe(settings, device)
-    check_writable(settings.save_path)  # first, for the next names are made of it: "." has none
-    for path in (resume_path(settings), log_path(settings)):
+    for path in (settings.save_path, resume_path(settings), log_path(settings)):
         check_writable(path)
-    saved = saved_state(settings) if settings.resume else None
-    if saved and saved["finished"]:
-        print(f"this run is finished; {settings.save_path} is its checkpoint")
-        return load_best(settings)
-    if not saved and settings.save_path.exists():
-        raise UserError(f"{settings.save_path} is there already; give another --save-path, or delete it")
+    with sole_writer(settings.save_path):
+        saved = saved_state(settings) if settings.resume else None
+        if saved and saved["finished"]:
+            return finished(settings)
+        if not saved:
+            check_free(settings)
+        return train_epochs(start(settings, recipe, device, saved), saved is not None, on_epoch)
 
-    run = start(settings, recipe, device, saved)
-    state = run.state
+
+def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> Checkpoint:
+    """All epochs of the run, or those that are left of it where it is `resumed`."""
+    settings, recipe, state, device = run.settings, run.recipe, run.state, run.train.images.device
     best = checkpoint_so_far(run)
     forward = compiled(state.model, device) if settings.compile else state.model
     criterion = run.tuning and qat.distillation(
         run.tuning.teacher, settings.distill, recipe.label_smoothing, recipe.bf16, settings.compile
     )
     with (
-        open_log(log_path(settings), run.title, state.epoch if saved else None) as log,
+        open_log(log_path(settings), run.title, state.epoch if resumed else None) as log,
         signals_caught() as signals,
         pace.new_bar() as bar,
     ):
         watch = watcher(run, bar, signals)
-        if not saved:
+        if not resumed:
             save_state(run)  # so that --resume knows this run from here on
+        if bar.disable:
+            print(COLUMNS, flush=True)
         try:
             while best is None or state.step or training.progress(state, recipe, run.steps) < 1.0:
                 training.train_epoch(state, run.train, recipe, run.normalization, forward, watch, criterion)
@@ -206,11 +214,11 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
                     state.best_accuracy = row.val.accuracy if row.val else math.nan
                     best = make_checkpoint(run, row)
                     save_best(run, best)
-                print(row.line(), file=log, flush=True)
-                if bar.disable:
-                    print(row.line(), flush=True)
+                write_line(run, row, log)
                 training.next_epoch(state)
                 save_state(run)
+                if bar.disable:
+                    print(row.line(), flush=True)  # behind the state: whoever reads the output may be gone
                 on_epoch(row)
         except Interrupted:
             save_state(run)
@@ -223,9 +231,16 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
 
 
 def check_together(settings: Settings) -> None:
-    """UserError for flags that the run would ignore, and for a --save-path that would replace its own start."""
-    if same_file(settings.checkpoint, settings.save_path):
-        raise UserError(f"--save-path is the --checkpoint {settings.checkpoint} itself; give it another name")
+    """UserError for flags that the run would ignore, and for files of a run that would replace each other."""
+    files = {
+        "--save-path": settings.save_path,
+        "the state of the run": resume_path(settings),
+        "the log": log_path(settings),
+        "the --checkpoint": settings.checkpoint,
+    }
+    for (one, path), (other, again) in itertools.combinations(files.items(), 2):
+        if same_file(path, again):
+            raise UserError(f"{one} is {other} itself ({path}); give it another name")
     if settings.pretrained and settings.checkpoint:
         raise UserError("--pretrained and --checkpoint both give first weights; choose one")
     for name in FP32_ONLY if settings.qat else QAT_ONLY:
@@ -250,6 +265,29 @@ def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
     elif settings.warmup_epochs >= settings.epochs:
         raise UserError(f"--warmup-epochs is {settings.warmup_epochs}; expected less than --epochs {settings.epochs}")
     return training.Recipe(**shared)
+
+
+def check_free(settings: Settings) -> None:
+    """UserError where a run from before has left what this one would replace."""
+    path = resume_path(settings)
+    if path.exists() and path.stat().st_size > FINISHED_BYTES:
+        raise UserError(
+            f"{path} is the state of a run that was cut; add --resume to go on with it, or delete it, or give another "
+            "--save-path"
+        )
+    if settings.save_path.exists():
+        raise UserError(f"{settings.save_path} is there already; give another --save-path, or delete it")
+
+
+def finished(settings: Settings) -> Checkpoint:
+    """The checkpoint of a run that is over."""
+    if not settings.save_path.exists():
+        raise UserError(
+            f"this run is finished, but its checkpoint {settings.save_path} is gone; delete {resume_path(settings)} "
+            "to train anew"
+        )
+    print(f"this run is finished; {settings.save_path} is its checkpoint")
+    return load_best(settings)
 
 
 def start(settings: Settings, recipe: training.Recipe, device: torch.device, saved: dict[str, Any] | None) -> Run:
@@ -325,6 +363,9 @@ def first_model(
         normalization = IMAGENET
     if first:
         state, normalization = first.state, first.normalization
+        width = first.architecture.width_mult
+        if width != settings.width_mult:
+            raise UserError(f"{settings.checkpoint} is a network of width {width}; give --width-mult {width}")
         if first.classes != dataset.classes:
             print(f"{settings.checkpoint} knows other classes ({first.dataset}); the classifier starts anew")
             state = checkpoints.replace_classifier(state, model)
@@ -348,8 +389,6 @@ def describe(run: Run, device: torch.device, resumed: bool) -> None:
         print(f"goes on in epoch {state.epoch + 1} at step {state.step + 1}, from {path}")
     elif settings.resume:
         print(f"nothing to resume ({path} does not exist): starts at epoch 1")
-    elif path.exists() and path.stat().st_size > FINISHED_BYTES:  # of a run cut in its first epoch: no checkpoint yet
-        print(f"starts at epoch 1 and overwrites {path}; --resume would have gone on from it")
 
 
 def check_compiler(device: torch.device) -> None:
@@ -408,7 +447,8 @@ def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
         kept = f"{settings.save_path} is as it was before" if settings.save_path.exists() else "no checkpoint was saved"
         raise UserError(
             f"training diverged in epoch {state.epoch + 1} (loss {loss}), {kept}; "
-            f"try a lower {'--qat-lr' if settings.qat else '--lr'} than {recipe.lr:g} or a longer --warmup-epochs"
+            f"try a lower {'--qat-lr' if settings.qat else '--lr'} than {recipe.lr:g} or a longer --warmup-epochs, "
+            "with another --save-path"
         )
     scores: tuple[Score | None, ...] = (None, None)
     if (state.epoch + 1) % settings.eval_every == 0 or training.progress(state, recipe, run.steps) >= 1.0:
@@ -426,6 +466,18 @@ def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
         state.seconds += time.perf_counter() - begun
     rate = state.optimizer.param_groups[0]["lr"]
     return Epoch(state.epoch + 1, rate, loss, accuracy, *scores, images_per_second=seen / state.epoch_seconds)
+
+
+def write_line(run: Run, row: Epoch, log: TextIO) -> None:
+    """Adds the epoch to the log. Where that fails the state is saved before the UserError, as it is before the line:
+    --resume evaluates the epoch again, and writes it."""
+    try:
+        print(row.line(), file=log, flush=True)
+    except OSError as error:
+        save_state(run)
+        raise UserError(
+            f"cannot write {log_path(run.settings)}: {error.strerror}; the state is saved, make room and add --resume"
+        ) from None
 
 
 def make_checkpoint(run: Run, row: Epoch) -> Checkpoint:
@@ -474,7 +526,7 @@ def command(settings: Settings) -> str:
 
 
 def resume_path(settings: Settings) -> Path:
-    return settings.save_path.with_name(settings.save_path.name + ".resume")
+    return Path(f"{settings.save_path}.resume")
 
 
 def plain(settings: Settings) -> dict[str, Any]:
@@ -508,8 +560,7 @@ def saved_state(settings: Settings) -> dict[str, Any] | None:
         saved = {"finished": False, **torch.load(path, map_location="cpu", weights_only=True)}
         theirs = {**plain(Settings()), **json.loads(saved["settings"])}
     except Exception as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"--resume: {path} cannot be read ({reason}); delete it to start anew") from None
+        raise UserError(f"--resume: {path} cannot be read ({reason(error)}); delete it to start anew") from None
     for name, mine in plain(settings).items():
         if name not in FREE and theirs[name] != mine:
             raise UserError(
@@ -527,8 +578,7 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     try:
         training.restore(run.state, saved)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"--resume: {path} does not fit ({reason}); delete it to start anew") from None
+        raise UserError(f"--resume: {path} does not fit ({reason(error)}); delete it to start anew") from None
 
 
 def checkpoint_so_far(run: Run) -> Checkpoint | None:

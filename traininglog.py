@@ -36,26 +36,32 @@ class Epoch:
 def open_log(path: Path, command: str, after: int | None) -> Iterator[TextIO]:
     """The log, open to append: a new part for a new run (None); for one resumed `after` an epoch its part, cut there.
 
-    (A process killed between writing its line and saving its state does that epoch again.)
+    (A process killed between writing its line and saving its state does that epoch again.) Where another run's part
+    stands behind it, the lines to come are a part of their own, under the same title.
     """
     title = f"# {command}"
     try:
         old = path.read_text() if path.exists() else ""
-        lines = old.splitlines()
-        goes_on = after is not None and title in lines
-        if goes_on:
+        lines, goes_on = old.splitlines(), False
+        if after is not None and title in lines:
             start = len(lines) - lines[::-1].index(title)
-            kept = lines[:start] + [line for line in lines[start:] if not is_after(line, after)]
+            end = next((i for i in range(start, len(lines)) if lines[i].startswith("# ")), len(lines))
+            goes_on = end == len(lines)
+            kept = lines[:start] + [line for line in lines[start:end] if not is_after(line, after)] + lines[end:]
             if kept != lines:  # otherwise the file stays: another run may be writing to it
-                write_bytes(path, ("\n".join(kept) + "\n").encode())
+                old = "\n".join(kept) + "\n"
+                write_bytes(path, old.encode())
         file = open(path, "a")
         if not goes_on:
             file.write("\n" * bool(old and not old.endswith("\n")) + f"{title}\n{COLUMNS}\n")
             file.flush()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use the log {path} ({error}); choose another --log-file") from None
-    with file:
+    try:
         yield file
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: whoever wrote the lines was told, this would try them again
+            file.close()
 
 
 def is_after(line: str, epoch: int) -> bool:

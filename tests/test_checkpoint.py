@@ -13,13 +13,14 @@ import torch
 import checkpoint as checkpoints
 import data
 from checkpoint import Checkpoint
-from compression import load_packed
+from compression import load_packed, save_packed
 from data import Normalization
 from errors import UserError
 from evaluation import score
 from models import Architecture, MobileNetV2
 from network import fold_batch_norm
 from quantization import float_network, predictor
+from subject import folded
 from vision import import_torchvision
 
 
@@ -136,6 +137,38 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, small):
         checkpoints.load(tmp_path / "a.pth")
 
 
+def test_statistics_that_cannot_be_are_refused(tmp_path, small):
+    name = "features.1.conv.0.1.running_var"
+    state = small.state | {name: small.state[name] - 2}
+    checkpoints.save(dataclasses.replace(small, state=state), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"a.pth has negative variances \\({name}\\)"):
+        checkpoints.load(tmp_path / "a.pth")
+    huge, still = small.state["features.1.conv.0.0.weight"] * 0 + 3e38, small.state[name] * 0
+    state = small.state | {"features.1.conv.0.0.weight": huge, name: still}
+    with pytest.raises(UserError, match="a.pth has weights in features.1.conv.0.0 that are not finite"):
+        folded(dataclasses.replace(small, state=state), tmp_path / "a.pth")
+
+
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, small, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = float_network(fold_batch_norm(checkpoints.build_model(small), small.normalization))
+    for name in ("packed.safetensors", "packed.pth"):
+        save_packed(network, tmp_path / name, {})
+    os.mkfifo("pipe")
+    torch.save(torch.nn.Linear(1, 1), "module.pth")
+    for name, says in (
+        ("", r"\. is a folder"),
+        ("pipe", "is a device or a pipe"),
+        ("x" * 300, "cannot be read .File name too long"),
+        ("packed.pth", "is a packed file; evaluate it with test.py --packed"),
+        ("packed.safetensors", "is a packed file; evaluate it with test.py --packed"),
+        ("module.pth", "is not a checkpoint that can be read safely"),
+    ):
+        with pytest.raises(UserError, match=says) as told:
+            checkpoints.load(checkpoints.Path(name))
+        assert str(told.value).isprintable()
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_other_files_are_refused(tmp_path, small, suffix):
     path = tmp_path / f"a{suffix}"
@@ -149,7 +182,7 @@ def test_other_files_are_refused(tmp_path, small, suffix):
             checkpoints.load(path)
     path.write_bytes(whole)
     torch.save(small.state, tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="is not a checkpoint of this project"):
+    with pytest.raises(UserError, match="is not a checkpoint of this project .weights alone.*only .*train.py wrote"):
         checkpoints.load(tmp_path / "bare.pth")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import write_images
 from PIL import Image
+from test_files import full_disk
 
 import data
 from data import Augmentation, Normalization, Split, augment
@@ -118,6 +120,40 @@ def test_folders_are_read_and_resized(tmp_path):
     assert (loaded.test.images[4] == 77).all()
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("a.png", np.uint16), ("a.tiff", np.uint16), ("a.tiff", np.int32)])
+def test_grey_of_16_bits_keeps_its_shades(tmp_path, name, dtype):
+    shades = np.arange(1024).reshape(32, 32) % 256
+    Image.fromarray((shades * 257).astype(dtype)).save(tmp_path / name)
+    assert np.array_equal(data.read_image(tmp_path / name), np.stack([shades] * 3, axis=-1))
+
+
+def test_pillows_warnings_are_not_the_users(tmp_path, recwarn):
+    image = Image.new("P", (32, 32))
+    image.putpalette([1, 2, 3, 4, 5, 6])
+    image.save(tmp_path / "a.png", transparency=b"\x00\x80")
+    assert (data.read_image(tmp_path / "a.png") == (1, 2, 3)).all() and not len(recwarn)
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path):
+    write_images(tmp_path, classes=2, train=2, test=1)
+    os.rename(os.fsencode(tmp_path) + b"/train/class0/001.png", os.fsencode(tmp_path) + b"/train/class0/\xe4.png")
+    assert len(data.load("folder", tmp_path).train) == 4
+    (tmp_path / "train" / "class0" / "000.png").unlink()
+    assert len(data.load("folder", tmp_path).train) == 3  # read anew: the cache knows the names
+
+
+def test_a_place_without_a_data_set_says_what_was_looked_for(tmp_path, monkeypatch, cifar_archive):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--data-dir .*file is a file"):
+        data.load("digits", tmp_path / "file")
+    with pytest.raises(UserError, match="File name too long"):
+        data.load("cifar10", tmp_path / ("x" * 300))
+    cifar_archive("cifar10", tmp_path / "elsewhere")  # from here on no one answers to a download
+    with pytest.raises(UserError, match="cannot get cifar10 .*images of your own would lie in .*mistyped/train"):
+        data.load("cifar10", tmp_path / "mistyped")
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "file"]
+
+
 def test_digits_are_scikit_learns(tmp_path):
     from sklearn.datasets import load_digits
 
@@ -152,6 +188,10 @@ def break_link(root: Path) -> None:
     (root / "test" / "class0" / "gone.png").symlink_to(root / "nowhere")
 
 
+def break_pipe(root: Path) -> None:
+    os.mkfifo(root / "test" / "class0" / "pipe.png")
+
+
 def break_class(root: Path) -> None:
     for path in (root / "test" / "class1").iterdir():
         path.unlink()
@@ -167,6 +207,14 @@ def break_test(root: Path) -> None:
     (root / "test").rename(root / "tests")
 
 
+def break_float(root: Path) -> None:
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(root / "train" / "class1" / "float.tiff")
+
+
+def break_circle(root: Path) -> None:
+    (root / "train" / "class1" / "circle.png").symlink_to("circle.png")
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -174,9 +222,12 @@ def break_test(root: Path) -> None:
         (break_jpeg, "half.jpg is not a readable image"),
         (break_png, "000.png is not a readable image"),
         (break_link, "gone.png is not a readable image"),
+        (break_pipe, "pipe.png is not a readable image .it is a device or a pipe"),
         (break_class, "test has no folder for class 'class1'"),
         (break_empty, "class0 is empty"),
         (break_test, "test is missing"),
+        (break_float, "float.tiff is not a readable image .*floating-point"),
+        (break_circle, "cannot read .*circle.png .Too many levels"),
     ],
 )
 def test_bad_folders_are_one_line_that_names_the_file(tmp_path, damage, message):
@@ -235,14 +286,10 @@ def test_a_damaged_cache_is_rebuilt(tmp_path, damage):
     assert data.read_cache(cache, "folder", fingerprint) is not None
 
 
-def test_a_cache_is_enough_without_its_source_and_none_is_needed(tmp_path, monkeypatch):
+def test_a_cache_is_enough_without_its_source_and_none_is_needed(tmp_path):
     write_images(tmp_path, classes=2, train=2, test=1)
 
-    def refuse(*_):
-        raise UserError("read-only")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "write_atomically", refuse)
+    with full_disk(1000):
         first = data.load("folder", tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     data.load("folder", tmp_path)
@@ -270,6 +317,27 @@ def test_stratified_split_counts(held_out):
     assert torch.equal(held.images, again.images)
     if held_out == 50:
         assert not torch.equal(held.images, data.stratified_split(split, held_out, seed=2)[1].images)
+
+
+@pytest.mark.parametrize(
+    ("counts", "held_out", "taken"),
+    [
+        ((1, 1, 1, 30), 10, (0, 0, 0, 10)),  # their shares are 0.3 and 9.1 images
+        ((1, 1, 1, 1, 1, 1, 4), 3, (0, 0, 0, 0, 0, 0, 3)),
+        ((1, 1, 1), 2, (1, 1, 0)),  # there is no other way
+    ],
+)
+def test_the_last_image_of_a_class_is_trained_on(counts, held_out, taken):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    held = data.stratified_split(Split(torch.zeros(len(labels), 3, 1, 1), labels), held_out, seed=0)[1]
+    assert tuple(held.labels.bincount(minlength=len(counts)).tolist()) == taken
+
+
+def test_plenty_of_images_are_split_as_ever():
+    """The split of the checkpoint that comes along was drawn so: 5,000 of CIFAR-10's 50,000 training images."""
+    labels = torch.arange(50_000) // 5000
+    rest, held = data.stratified_split(Split(torch.arange(50_000).view(-1, 1, 1, 1), labels), 5000, seed=0)
+    assert (data.split_checksum(rest), data.split_checksum(held)) == ("b240b12f", "6c57cade")
 
 
 def test_a_split_as_large_as_the_set_is_refused():

@@ -1,5 +1,6 @@
 """Atomic writes: whole or not there, also under SIGKILL."""
 
+import contextlib
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 import files
 from errors import UserError
-from files import check_writable, write_atomically, write_between, write_bytes
+from files import check_writable, obstacle, same_file, sole_writer, write_atomically, write_between, write_bytes
 
 ROOT = Path(__file__).parent.parent
 WRITER = """
@@ -73,18 +74,62 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
-    resource = pytest.importorskip("resource")
+def test_links_stay_and_what_they_lead_to_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    file, link, loop = tmp_path / "there" / "a.bin", tmp_path / "link", tmp_path / "loop"
+    link.symlink_to(file)
+    loop.symlink_to(loop)
+    for content in (b"one", b"two"):  # the first through a link to nothing
+        check_writable(link)
+        write_bytes(link, content)
+        assert link.is_symlink() and file.read_bytes() == content and os.listdir(file.parent) == ["a.bin"]
+    assert same_file(link, file) and not same_file(loop, file)
+    for write in (check_writable, lambda path: write_bytes(path, b"")):
+        with pytest.raises(UserError, match="cannot write .*loop: Too many levels"):
+            write(loop)
+    assert loop.is_symlink()
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    pipe, loop = tmp_path / "pipe", tmp_path / "loop"
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    for path in (pipe, Path("/dev/null")):
+        with pytest.raises(UserError, match=f"cannot write {path}: it is a device or a pipe"):
+            check_writable(path)
+    assert obstacle(Path(__file__)) is None and obstacle(pipe) == "is a device or a pipe"
+    assert obstacle(tmp_path) == "is a folder" and obstacle(tmp_path / "none") == "does not exist"
+    assert obstacle(Path(__file__) / "none") == "does not exist"
+    assert "Too many levels" in obstacle(loop) and "too long" in obstacle(tmp_path / ("x" * 300))
+
+
+def test_two_programs_do_not_write_one_file(tmp_path):
     path = tmp_path / "a.bin"
-    write_bytes(path, b"old")
+    (tmp_path / "link").symlink_to(path)
+    for _ in range(2):  # the lock ends with the block
+        with sole_writer(path), sole_writer(tmp_path / "b.bin"):
+            with pytest.raises(UserError, match="another program writes .*link now"), sole_writer(tmp_path / "link"):
+                pass
+
+
+@contextlib.contextmanager
+def full_disk(largest: int):
+    """No file grows beyond `largest` bytes."""
+    resource = pytest.importorskip("resource")
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, old[1]))
     try:
-        with pytest.raises(UserError, match="cannot write"):
-            write_bytes(path, b"x" * 5000)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+    with full_disk(1000), pytest.raises(UserError, match="cannot write"):
+        write_bytes(path, b"x" * 5000)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
 

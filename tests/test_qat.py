@@ -151,7 +151,7 @@ def test_another_data_set_is_refused(image_folder: Path, tmp_path: Path, run_mai
     )
     checkpoints.save(known, tmp_path / "d.pth")
     code, _, err = run_main(train, *arguments(tmp_path / "d.pth", image_folder, tmp_path / "q.safetensors"))
-    assert code == 2 and "other classes" in err
+    assert code == 2 and "other classes" in err and "give --dataset digits" in err
     assert not (tmp_path / "q.safetensors").exists()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_files import full_disk
 from torch import nn
 
 import checkpoint as checkpoints
@@ -188,6 +189,67 @@ def test_resume_says_what_does_not_fit(tmp_path, image_folder, monkeypatch, caps
     train.train(settings(image_folder, tmp_path, epochs=1))  # a damaged state does not keep a new run from starting
 
 
+def test_the_work_of_a_run_before_is_not_overwritten(tmp_path, image_folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "next_epoch", lambda state: os.kill(os.getpid(), signal.SIGTERM) or next_epoch(state))
+        with pytest.raises(Interrupted):
+            train.train(settings(image_folder, tmp_path))
+    state = tmp_path / "net.safetensors.resume"
+    saved = state.read_bytes()
+    for _ in range(2):  # also before there is a checkpoint
+        with pytest.raises(UserError, match="net.safetensors.resume is the state of a run .* add --resume"):
+            train.train(settings(image_folder, tmp_path))
+        (tmp_path / "net.safetensors").unlink(missing_ok=True)
+    assert state.read_bytes() == saved
+    again = settings(image_folder, tmp_path, resume=True)
+    train.train(again)
+    (tmp_path / "net.safetensors").unlink()
+    with pytest.raises(UserError, match="net.safetensors is gone; delete .*net.safetensors.resume to train anew"):
+        train.train(again)
+
+
+def test_two_runs_do_not_write_the_same_files(tmp_path, image_folder):
+    def second(_: Epoch) -> None:
+        for resume in (False, True):
+            with pytest.raises(UserError, match="another program writes .*net.safetensors now"):
+                train.train(settings(image_folder, tmp_path, resume=resume))
+
+    train.train(settings(image_folder, tmp_path, epochs=1), second)
+
+
+class Gone:
+    """A stdout whose reader goes after the header."""
+
+    def write(self, text: str) -> None:
+        if text[:1].isdigit():
+            raise BrokenPipeError
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fails", ["output", "log"])
+def test_an_output_that_fails_loses_no_epoch(tmp_path, image_folder, monkeypatch, fails):
+    one, other = tmp_path / "one", tmp_path / "other"
+    train.train(settings(image_folder, one))
+    cut = settings(image_folder, other, dataset="folder")
+    with contextlib.ExitStack() as stack:
+        if fails == "output":
+            stack.enter_context(monkeypatch.context()).setattr(sys, "stdout", Gone())
+            stack.enter_context(pytest.raises(BrokenPipeError))
+        else:  # room for the first line, and a part of the second
+            other.mkdir()
+            (other / "training_log.txt").write_text("#" * 10_000_000 + "\n")
+            room = len(f"# {train.command(cut)}\n") + len((one / "training_log.txt").read_text().splitlines()[1]) + 80
+            stack.enter_context(full_disk(10_000_001 + room))
+            stack.enter_context(pytest.raises(UserError, match="cannot write .*log.txt: .*; the state is saved"))
+        train.train(cut)
+    assert len(log_rows(other)) == (1 if fails == "output" else 2)
+    assert torch.load(other / "net.safetensors.resume", weights_only=True)["numbers"]["epoch"] == 1
+    train.train(dataclasses.replace(cut, resume=True))
+    assert_same_end(one, other)
+
+
 def test_a_lost_checkpoint_is_said_and_a_new_one_saved(tmp_path, image_folder, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(training, "next_epoch", lambda state: os.kill(os.getpid(), signal.SIGTERM) or next_epoch(state))
@@ -247,7 +309,7 @@ def test_means_of_an_epoch_cut_by_the_clock_are_over_the_images_seen(tmp_path, i
 
 
 def test_divergence_is_one_line_and_leaves_no_checkpoint(tmp_path, image_folder, run_main):
-    wild = settings(image_folder, tmp_path, lr=1e30, warmup_epochs=0.0)
+    wild = settings(image_folder, tmp_path, lr=1000.0, weight_decay=1000.0, warmup_epochs=0.0)
     code, _, err = run_main(train, *train.to_argv(wild))
     assert code == 2 and err.startswith("error: training diverged in epoch ") and err.count("\n") == 1
     assert "--lr" in err and not (tmp_path / "net.safetensors").exists()
@@ -269,6 +331,14 @@ def test_divergence_is_one_line_and_leaves_no_checkpoint(tmp_path, image_folder,
         ("--checkpoint {tmp}/file", "{tmp}/file is not a checkpoint"),
         ("--checkpoint {tmp}/file --pretrained", "choose one"),
         ("--pretrained --width-mult 0.5", "--pretrained has weights for --width-mult 1.0 only"),
+        ("--checkpoint {tmp}", "{tmp} is a folder"),
+        ("--data-dir {tmp}/file", "--data-dir {tmp}/file is a file"),
+        ("--log-file {tmp}/net.pth", "--save-path is the log itself ({tmp}/net.pth)"),
+        ("--log-file {tmp}/net.pth.resume", "the state of the run is the log itself"),
+        ("--log-file {tmp}/file --checkpoint {tmp}/file", "the log is the --checkpoint itself"),
+        ("--log-file /dev/null", "cannot write /dev/null: it is a device"),
+        ("--epochs " + "9" * 400, "expected a whole number, at least 1, at most 1000000"),
+        ("--lr 1e308", "--lr is '1e308'; expected a number, at least 0, at most 1000"),
     ],
 )
 def test_bad_input_is_one_line_before_the_first_step(tmp_path, image_folder, run_main, flags, message):
@@ -279,7 +349,7 @@ def test_bad_input_is_one_line_before_the_first_step(tmp_path, image_folder, run
     code, _, err = run_main(train, *line.split())
     assert code == 2 and err.count("\n") == 1
     assert message.format(tmp=tmp_path) in err and err.startswith("error: ")
-    assert sorted(os.listdir(tmp_path)) == ["file"]
+    assert sorted(set(os.listdir(tmp_path)) - {".net.pth.lock"}) == ["file"]
 
 
 def test_compiling_without_a_compiler_is_one_line(tmp_path, image_folder, run_main, monkeypatch):
@@ -306,7 +376,7 @@ def test_starting_from_a_checkpoint(tmp_path, image_folder, capsys):
         assert torch.equal(end.state["features.0.0.weight"], begin.state["features.0.0.weight"])
         assert ("the classifier starts anew" in capsys.readouterr().out) != same
         assert torch.equal(end.state["classifier.1.weight"], begin.state["classifier.1.weight"]) if same else True
-    with pytest.raises(UserError, match="3-0.2.pth does not fit a network of width 0.1"):
+    with pytest.raises(UserError, match="3-0.2.pth is a network of width 0.2; give --width-mult 0.2"):
         train.train(settings(image_folder, tmp_path / "wide", checkpoint=tmp_path / "3-0.2.pth", **still))
 
 
@@ -568,3 +638,8 @@ def test_the_log_keeps_other_runs_and_cuts_only_its_own(tmp_path):
     columns = "epoch lr train_loss train_acc val_loss val_acc test_loss test_acc images_per_second"
     lines = path.read_text().splitlines()
     assert lines == ["# a", columns, "1 x", "2 x", "10 x", "# b", columns, "1 x", "2 new"]
+    for after in (1, 2):  # "a" goes on behind "b", twice
+        with open_log(path, "a", after) as log:
+            log.write("2 new\n3 new\n")
+    first, second = ["# a", columns, "1 x", "# b", columns, "1 x", "2 new"], ["# a", columns, "2 new", "2 new", "3 new"]
+    assert path.read_text().splitlines() == first + second
