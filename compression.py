@@ -33,7 +33,7 @@ from torch import Tensor
 import entropy as entropy_coder
 from data import Normalization
 from errors import UserError
-from files import write_bytes
+from files import obstacle, write_bytes
 from models import Architecture, MobileNetV2
 from network import INPUT, Op, fused_operations, operations, peak_bytes, value_sizes, weighted
 from quantization import Grid, Layer, QuantizedNetwork
@@ -476,15 +476,18 @@ def read(path: Path) -> Packed:
 
 def read_bytes(path: Path) -> bytes:
     """The file's content, if its beginning is that of a packed model: a large foreign file is not read whole."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give --packed one that test.py wrote")
+    if wrong := obstacle(path):
+        raise UserError(f"{path} {wrong}; give --packed a file that test.py wrote")
     try:
         with open(path, "rb") as file:
             start = file.read(8)
             size = int.from_bytes(start, "little")
             start += file.read(size) if size <= MOST_HEADER_BYTES else b""
             if digest_place(start) < 0 or path.stat().st_size > MOST_BYTES:
-                raise UserError(f"{path} is not a packed model, or is damaged; give --packed a file that test.py wrote")
+                raise UserError(
+                    f"{path} is not a packed model, or is damaged; give --packed a file that test.py wrote, or an FP32 "
+                    "checkpoint as --checkpoint"
+                )
             return start + file.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

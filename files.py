@@ -88,17 +88,18 @@ def obstacle(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def sole_writer(path: Path) -> Iterator[None]:
-    """Holds a lock file beside `path`; UserError where another program does. The system lets go of it when the process
-    ends, however it ends."""
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Holds a lock file beside `path`. wait: until another program lets go of it; else UserError where one holds it.
+    The system lets go when the process ends, however it ends."""
     try:
         end = link_end(path)
+        end.parent.mkdir(parents=True, exist_ok=True)
         file = open(end.with_name(f".{end.name}.lock"), "w")
     except OSError as error:
         raise UserError(f"cannot write beside {path}: {error.strerror}; choose another place") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"another program writes {path} now; wait for its end, or choose another place") from None
         except OSError:  # a file system without locks

@@ -89,6 +89,7 @@ def first_tuning(
         "seed": seed,
         "method": "qat",
         "calib_images": len(images),
+        "dataset_crc32": dataset.crc32,
         "calib_seconds": time.perf_counter() - begun,
         "test_acc_fp32": score(predictor(float_network(teacher), device), dataset.test, 256, device).accuracy,
     }

@@ -4,16 +4,14 @@ The first columns are the project's; those behind them say by which method the r
 same bits are two rows. An empty bits column means 32 (FP32). The benchmarks keep their tables with the same functions.
 """
 
-import contextlib
 import csv
-import fcntl
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from files import write_bytes
+from files import locked, write_bytes
 
 COLUMNS = (
     "dataset",
@@ -82,7 +80,7 @@ def append(
 ) -> list[dict[str, str]]:
     """Adds one row, and returns all; the file is replaced in one step, so it is whole at any moment. Agents side by
     side take turns. Rows that agree with it in the columns `replaces` go, where any are named."""
-    with locked(path):
+    with locked(path, wait=True):
         rows = [old for old in read(path, columns) if not (replaces and same(old, row, replaces))]
         rows.append({name: text(row[name]) for name in columns})
         out = io.StringIO()
@@ -91,20 +89,6 @@ def append(
         writer.writerows(rows)
         write_bytes(Path(path), out.getvalue().encode(errors="surrogateescape"))
     return rows
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file beside `path`; the system lets go of it when the process ends, however it ends."""
-    lock = Path(path).with_name(f".{Path(path).name}.lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written ({error.strerror}); give another file") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def renamed(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,9 @@ examples:
   python sweep.py --no-server                                on the server of WANDB_BASE_URL, else on W&B's cloud
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401 - first of all: Ctrl-C while the others are imported
+
 import ast
 import contextlib
 import os

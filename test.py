@@ -13,6 +13,9 @@ examples:
 Weights are quantized, packed to a file, and read back from it: what is evaluated is what was packed.
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401 - first of all: Ctrl-C while the others are imported
+
 import contextlib
 import dataclasses
 import itertools

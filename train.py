@@ -40,9 +40,10 @@ from checkpoint import Checkpoint
 from cli import MOST_SEED, flag, option, parse, to_argv
 from errors import UserError, reason, run_main
 from evaluation import Score, choose_device, normalized, score
-from files import check_writable, same_file, sole_writer
+from files import check_writable, locked, same_file
 from interrupts import Interrupted, signals_caught
 from models import Architecture, MobileNetV2, multiply_adds, skeleton
+from quantization import predictor
 from subject import split_as_trained, split_of
 from traininglog import COLUMNS, Epoch, open_log
 
@@ -179,7 +180,7 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     recipe = make_recipe(settings, device)
     for path in (settings.save_path, resume_path(settings), log_path(settings)):
         check_writable(path)
-    with sole_writer(settings.save_path):
+    with locked(settings.save_path, wait=False):
         saved = saved_state(settings) if settings.resume else None
         if saved and saved["finished"]:
             return finished(settings)
@@ -453,7 +454,7 @@ def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
     scores: tuple[Score | None, ...] = (None, None)
     if (state.epoch + 1) % settings.eval_every == 0 or training.progress(state, recipe, run.steps) >= 1.0:
         begun, done = time.perf_counter(), 0
-        network = normalized(state.evaluated().eval(), run.normalization)
+        network = as_evaluated(run)
 
         def forward(images: Tensor) -> Tensor:
             nonlocal done
@@ -478,6 +479,14 @@ def write_line(run: Run, row: Epoch, log: TextIO) -> None:
         raise UserError(
             f"cannot write {log_path(run.settings)}: {error.strerror}; the state is saved, make room and add --resume"
         ) from None
+
+
+def as_evaluated(run: Run) -> Callable[[Tensor], Tensor]:
+    """uint8 images → logits, of the network as it is saved: fine-tuning evaluates the integers that it packs."""
+    model = run.state.evaluated().eval()
+    if run.tuning:
+        return predictor(model.quantized(), run.test.images.device)
+    return normalized(model, run.normalization)
 
 
 def make_checkpoint(run: Run, row: Epoch) -> Checkpoint:

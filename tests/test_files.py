@@ -13,7 +13,7 @@ import pytest
 
 import files
 from errors import UserError
-from files import check_writable, obstacle, same_file, sole_writer, write_atomically, write_between, write_bytes
+from files import check_writable, locked, obstacle, same_file, write_atomically, write_between, write_bytes
 
 ROOT = Path(__file__).parent.parent
 WRITER = """
@@ -107,9 +107,10 @@ def test_two_programs_do_not_write_one_file(tmp_path):
     path = tmp_path / "a.bin"
     (tmp_path / "link").symlink_to(path)
     for _ in range(2):  # the lock ends with the block
-        with sole_writer(path), sole_writer(tmp_path / "b.bin"):
-            with pytest.raises(UserError, match="another program writes .*link now"), sole_writer(tmp_path / "link"):
-                pass
+        with locked(path, wait=False), locked(tmp_path / "b.bin", wait=True):
+            with pytest.raises(UserError, match="another program writes .*link now"):
+                with locked(tmp_path / "link", wait=False):
+                    pass
 
 
 @contextlib.contextmanager
