@@ -1,7 +1,7 @@
 # make demo    a small model trained on an embedded data set, a grid of bit widths, results.csv and two plots
 # make sweep   the same grid as a sweep with the real W&B client on the embedded server (AGENTS=2 DATA=… CHECKPOINT=…)
 # make test    the test suite
-# make lint    ruff
+# make lint    ruff: rules and format
 PYTHON ?= python3
 BIN := .venv/bin
 AGENTS ?= 2
@@ -32,7 +32,7 @@ test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
 	rm -rf runs results.csv parallel_coordinates.png parallel_coordinates.html

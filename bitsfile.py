@@ -1,9 +1,9 @@
 """The bits of each layer, or of each value, in a small YAML file that can be read, edited and used again.
 
-    layers:
-      features.0.0: 8        # a convolution or the classifier, by its name in the network
-    values:
-      features.0.0: 4        # the result of an operation, by the same name
+layers:
+  features.0.0: 8        # a convolution or the classifier, by its name in the network
+values:
+  features.0.0: 4        # the result of an operation, by the same name
 """
 
 from collections.abc import Mapping, Sequence

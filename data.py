@@ -136,9 +136,7 @@ def read_class_folders(folder: Path, names: list[str]) -> Split:
         files += [(path, label) for path in paths]
     bar = tqdm(files, desc=f"reading {folder}", unit="img", disable=None, leave=False)
     images = np.stack([read_image(path) for path, _ in bar])
-    return Split(
-        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
-    )
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files]))
 
 
 def read_image(path: Path) -> np.ndarray:

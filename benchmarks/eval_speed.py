@@ -89,9 +89,7 @@ def main() -> None:
             run()
             if round_:  # the first one warms up
                 seconds[key].append(time.perf_counter() - begun)
-    print(
-        f"{device}, {torch.get_num_threads()} threads, {settings.images} images, batches of {settings.batch_size}"
-    )
+    print(f"{device}, {torch.get_num_threads()} threads, {settings.images} images, batches of {settings.batch_size}")
     for key, times in seconds.items():
         print(f"{key:>12}: {settings.images / statistics.median(times):8.0f} images/s")
     for other in ("plain FP32", "FP32"):

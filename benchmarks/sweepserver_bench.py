@@ -25,9 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sweepserver  # noqa: E402
 from tests.sweepserver_helpers import Direct, agent, create_sweep, python  # noqa: E402
 
-FILES = "mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) { " \
-        "createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) { runID " \
-        "uploadHeaders files { name uploadUrl } } }"
+FILES = (
+    "mutation CreateRunFiles($entity: String!, $project: String!, $run: String!, $files: [String!]!) { "
+    "createRunFiles(input: {entityName: $entity, projectName: $project, runName: $run, files: $files}) { runID "
+    "uploadHeaders files { name uploadUrl } } }"
+)
 
 ROWS = """
 import json, sys, time, wandb
@@ -82,8 +84,11 @@ def direct_runs(server, agents: int, runs: int) -> dict:
                 run = command["run_id"]
                 own.begin(run, sweep, "direct")
                 asked = own.ask(FILES, entity="local", project="direct", run=run, files=["config.yaml"])
-                own.stream(run, "direct", files={"wandb-history.jsonl": {"offset": 0, "content": [
-                    json.dumps({"_step": 0, "y": 1.0})]}})
+                own.stream(
+                    run,
+                    "direct",
+                    files={"wandb-history.jsonl": {"offset": 0, "content": [json.dumps({"_step": 0, "y": 1.0})]}},
+                )
                 own.request("PUT", asked["createRunFiles"]["files"][0]["uploadUrl"], b"x: 1\n", {})
                 own.finish(run, "direct", summary={"y": command["args"]["x"]["value"]})
 
@@ -96,16 +101,24 @@ def direct_runs(server, agents: int, runs: int) -> dict:
     points = Counter(run["params"]["x"] for run in found)
     states = Counter(run["state"] for run in found)
     waits.sort()
-    return {"seconds": seconds, "handed": len(found), "finished": states["finished"],
-            "lost": agents * runs - len(points), "doubled": sum(n > 1 for n in points.values()),
-            "heartbeat_p50": waits[len(waits) // 2], "heartbeat_p99": waits[int(len(waits) * 0.99)]}
+    return {
+        "seconds": seconds,
+        "handed": len(found),
+        "finished": states["finished"],
+        "lost": agents * runs - len(points),
+        "doubled": sum(n > 1 for n in points.values()),
+        "heartbeat_p50": waits[len(waits) // 2],
+        "heartbeat_p99": waits[int(len(waits) * 0.99)],
+    }
 
 
 def all_runs(direct: Direct, sweep: str, skipped: int) -> list[dict]:
     import base64
 
-    query = "query Runs($f: JSONString, $c: String) { project(name: \"direct\") { runs(filters: $f, after: $c, " \
-            "first: 1000) { edges { node { state config } } } } }"
+    query = (
+        'query Runs($f: JSONString, $c: String) { project(name: "direct") { runs(filters: $f, after: $c, '
+        "first: 1000) { edges { node { state config } } } } }"
+    )
     cursor = base64.b64encode(str(skipped).encode()).decode()
     answer = direct.ask(query, f=json.dumps({"sweep": sweep}), c=cursor)
     nodes = [edge["node"] for edge in answer["project"]["runs"]["edges"]]
@@ -115,16 +128,24 @@ def all_runs(direct: Direct, sweep: str, skipped: int) -> list[dict]:
 def real_runs(server, folder: Path, agents: int, runs: int) -> dict:
     """Real agents with real, trivial runs."""
     (folder / "p.py").write_text(TRIVIAL)
-    path = create_sweep(server, folder, f"program: p.py\nmethod: grid\nparameters: {{x: {{min: 1, max: {runs}}}}}\n"
-                        'command: ["${env}", "${interpreter}", "${program}"]', "real")
+    path = create_sweep(
+        server,
+        folder,
+        f"program: p.py\nmethod: grid\nparameters: {{x: {{min: 1, max: {runs}}}}}\n"
+        'command: ["${env}", "${interpreter}", "${program}"]',
+        "real",
+    )
     began = time.monotonic()
     started = [agent(server, folder, path) for _ in range(agents)]
     [process.wait() for process in started]
     seconds = time.monotonic() - began
     found = Direct(server.url, server.key).runs(path.split("/")[2], "real")
     values = [run["params"]["x"] for run in found]
-    return {"seconds": seconds, "once": sorted(values) == list(range(1, runs + 1)),
-            "finished": all(run["state"] == "finished" for run in found)}
+    return {
+        "seconds": seconds,
+        "once": sorted(values) == list(range(1, runs + 1)),
+        "finished": all(run["state"] == "finished" for run in found),
+    }
 
 
 def main() -> int:
@@ -134,10 +155,18 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=20000, help="history rows; 0 leaves them out")
     parser.add_argument("--real", type=int, default=8, help="runs with two real agents; 0 leaves them out")
     args = parser.parse_args()
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), "unknown CPU")
-    print(f"machine: {model}, {os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}; "
-          f"Python {sys.version.split()[0]}")
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "unknown CPU",
+    )
+    print(
+        f"machine: {model}, {os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}; "
+        f"Python {sys.version.split()[0]}"
+    )
     ok = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -147,22 +176,28 @@ def main() -> int:
             seen = direct_runs(server, args.agents, args.runs)
             total = args.agents * args.runs
             ok &= seen["finished"] == total == seen["handed"] and not seen["lost"] and not seen["doubled"]
-            print(f"{args.agents} agents x {args.runs} runs (protocol): {seen['seconds']:.1f} s, "
-                  f"{total / seen['seconds']:.1f} runs/s, {seen['finished']} finished, {seen['lost']} lost, "
-                  f"{seen['doubled']} doubled; heartbeat p50 {seen['heartbeat_p50'] * 1e3:.0f} ms, "
-                  f"p99 {seen['heartbeat_p99'] * 1e3:.0f} ms; memory {memory(server.pid)[1]:.0f} MB at most")
+            print(
+                f"{args.agents} agents x {args.runs} runs (protocol): {seen['seconds']:.1f} s, "
+                f"{total / seen['seconds']:.1f} runs/s, {seen['finished']} finished, {seen['lost']} lost, "
+                f"{seen['doubled']} doubled; heartbeat p50 {seen['heartbeat_p50'] * 1e3:.0f} ms, "
+                f"p99 {seen['heartbeat_p99'] * 1e3:.0f} ms; memory {memory(server.pid)[1]:.0f} MB at most"
+            )
             if args.rows:
                 rows = python(server, folder, ROWS, str(args.rows))
                 ok &= rows["whole"]
-                print(f"{args.rows} history rows (real client): in {rows['wrote']:.1f} s, scan_history out "
-                      f"{rows['scan']:.1f} s, of one key {rows['scan_keys']:.1f} s, 500 samples "
-                      f"{rows['sampled']:.2f} s, all there: {rows['whole']}; "
-                      f"memory {memory(server.pid)[1]:.0f} MB at most")
+                print(
+                    f"{args.rows} history rows (real client): in {rows['wrote']:.1f} s, scan_history out "
+                    f"{rows['scan']:.1f} s, of one key {rows['scan_keys']:.1f} s, 500 samples "
+                    f"{rows['sampled']:.2f} s, all there: {rows['whole']}; "
+                    f"memory {memory(server.pid)[1]:.0f} MB at most"
+                )
             if args.real:
                 real = real_runs(server, folder, 2, args.real)
                 ok &= real["once"] and real["finished"]
-                print(f"2 real agents, {args.real} trivial runs: {real['seconds']:.0f} s, "
-                      f"{args.real / real['seconds']:.2f} runs/s, each once: {real['once'] and real['finished']}")
+                print(
+                    f"2 real agents, {args.real} trivial runs: {real['seconds']:.0f} s, "
+                    f"{args.real / real['seconds']:.2f} runs/s, each once: {real['once'] and real['finished']}"
+                )
             size = subprocess.run(["du", "-sb", folder / "data"], capture_output=True, text=True).stdout.split()[0]
             print(f"data folder: {int(size) / 1e6:.1f} MB")
     return 0 if ok else 1

@@ -43,8 +43,13 @@ def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0, d
     Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
     log = Path(folder) / "server.log"
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out, start_new_session=detached,
-                                   env={**os.environ, "PYTHONPATH": path})
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=out,
+            start_new_session=detached,
+            env={**os.environ, "PYTHONPATH": path},
+        )
     end = time.monotonic() + wait
     while time.monotonic() < end and process.poll() is None:
         ready = read_ready(folder)

@@ -25,28 +25,58 @@ _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # a s
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser("python -m sweepserver", description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        "python -m sweepserver", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", nargs="?", default="serve", choices=["serve", "env", "link"])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=8085, help="port; 0 takes a free one (default %(default)s)")
-    parser.add_argument("--data-dir", type=Path, default=Path("sweepserver-data"),
-                        help="where all of it is kept (default ./%(default)s)")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("sweepserver-data"),
+        help="where all of it is kept (default ./%(default)s)",
+    )
     parser.add_argument("--entity", default="local", help="name of the user that runs belong to (default %(default)s)")
-    parser.add_argument("--retries", type=int, default=2,
-                        help="how often the configuration of a crashed run is handed out again (default %(default)s)")
-    parser.add_argument("--agent-timeout", type=float, default=60.0, metavar="SECONDS",
-                        help="silence of a run and its agent after which it counts as crashed (default %(default)s)")
-    parser.add_argument("--stop-grace", type=float, default=20.0, metavar="SECONDS",
-                        help="time for a run to stop by itself before SIGTERM (default %(default)s)")
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=2,
+        help="how often the configuration of a crashed run is handed out again (default %(default)s)",
+    )
+    parser.add_argument(
+        "--agent-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="silence of a run and its agent after which it counts as crashed (default %(default)s)",
+    )
+    parser.add_argument(
+        "--stop-grace",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="time for a run to stop by itself before SIGTERM (default %(default)s)",
+    )
     parser.add_argument("--max-upload-mb", type=int, default=8192, help="largest file taken (default %(default)s)")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
-                        help="env and link: how long to wait for the server to come up")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="env and link: how long to wait for the server to come up",
+    )
     args = parser.parse_args(argv)
-    if not (args.retries >= 0 and args.agent_timeout > 0 and args.stop_grace >= 0 and args.max_upload_mb > 0
-            and args.wait >= 0):  # so written, it refuses nan too
-        parser.error("--retries, --stop-grace and --wait take 0 or more, --agent-timeout and --max-upload-mb more "
-                     "than 0")
+    if not (
+        args.retries >= 0
+        and args.agent_timeout > 0
+        and args.stop_grace >= 0
+        and args.max_upload_mb > 0
+        and args.wait >= 0
+    ):  # so written, it refuses nan too
+        parser.error(
+            "--retries, --stop-grace and --wait take 0 or more, --agent-timeout and --max-upload-mb more than 0"
+        )
     return args
 
 
@@ -98,12 +128,22 @@ def serve(args: argparse.Namespace) -> None:
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     link = f"{url}/login?ticket={app.state.server.new_ticket('login', LINK)}"
     _write_private(folder / "server.json", json.dumps({"url": url, "key": key, "link": link, "pid": os.getpid()}))
-    print(f"export WANDB_BASE_URL={url}\nexport WANDB_API_KEY={key}\n"
-          f"# pages: {link}\n#        (works once; `python -m sweepserver link` prints a new one)", flush=True)
+    print(
+        f"export WANDB_BASE_URL={url}\nexport WANDB_API_KEY={key}\n"
+        f"# pages: {link}\n#        (works once; `python -m sweepserver link` prints a new one)",
+        flush=True,
+    )
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print("# plain HTTP on a network: the key travels readable; use a tunnel or a trusted network", flush=True)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on",
-                            timeout_graceful_shutdown=3, timeout_keep_alive=65)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=3,
+        timeout_keep_alive=65,
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends in order and then raises it once more
     try:
         uvicorn.Server(config).run(sockets=[listener])

@@ -40,15 +40,27 @@ BODY_LIMIT = 64 * 2**20  # bytes of a GraphQL document or a file stream
 DRAIN = 4 * 2**20  # bytes of a refused upload that are read and thrown away
 SESSION = 30 * 86400  # seconds that a page cookie lasts
 LINK = 3600  # seconds that an unused login link lasts
-CSP = ("default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
-       "blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")  # plotly's WebGL: eval
+CSP = (
+    "default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: "
+    "blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)  # plotly's WebGL: eval
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Content-Security-Policy": CSP}
-_OPEN = re.compile(r"(PUT|POST) /upload/[^/]+|(GET|HEAD) (/download/[^/]+|/static/.*|/login|/healthz)|"
-                   r"POST (/login|/sdk/.*)")
+_OPEN = re.compile(
+    r"(PUT|POST) /upload/[^/]+|(GET|HEAD) (/download/[^/]+|/static/.*|/login|/healthz)|"
+    r"POST (/login|/sdk/.*)"
+)
 
 # What parts of another shape than the client's raise: also numbers and values that SQLite has no place for.
-_MISSHAPEN = (AttributeError, TypeError, ValueError, LookupError, OverflowError, RecursionError,
-              sqlite3.InterfaceError, sqlite3.ProgrammingError)
+_MISSHAPEN = (
+    AttributeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+)
 
 
 @dataclass(frozen=True)
@@ -160,8 +172,9 @@ def build(settings: Settings) -> Starlette:
 
     async def file_stream(request: Request) -> Response:
         path = request.path_params
-        status, answer = await run_in_threadpool(server.file_stream, path["entity"], path["project"], path["run"],
-                                                 await _body(request))
+        status, answer = await run_in_threadpool(
+            server.file_stream, path["entity"], path["project"], path["run"], await _body(request)
+        )
         return JSONResponse(answer, status)
 
     async def upload(request: Request) -> Response:
@@ -218,12 +231,16 @@ def build(settings: Settings) -> Starlette:
 
     async def page(request: Request) -> Response:
         status, content = await run_in_threadpool(server.pages.answer, dict(request.path_params), request.url.path)
-        return HTMLResponse(content, status) if isinstance(content, str) else Response(
-            _dumps(content), status, media_type="application/json")
+        return (
+            HTMLResponse(content, status)
+            if isinstance(content, str)
+            else Response(_dumps(content), status, media_type="application/json")
+        )
 
     async def plotly(_: Request) -> Response:
-        return FileResponse(server.pages.plotly_js(), media_type="text/javascript",
-                            headers={"Cache-Control": "private, max-age=86400"})
+        return FileResponse(
+            server.pages.plotly_js(), media_type="text/javascript", headers={"Cache-Control": "private, max-age=86400"}
+        )
 
     class Guard:
         """Every request is authorised here, but for addresses that carry their own permission."""
@@ -327,16 +344,22 @@ def _send(server: Server, row) -> Response:
     if not shown and (kind.startswith("text/") or name.endswith((".yaml", ".yml", ".log", ".patch", ".jsonl"))):
         kind, shown = "text/plain", not kind.startswith("text/html")
     disposition = f"{'inline' if shown else 'attachment'}; filename*=UTF-8''{quote(name)}"
-    return FileResponse(server.files.path(row), media_type=kind if shown else "application/octet-stream",
-                        headers={"Content-Disposition": disposition, "Content-Security-Policy": "sandbox"})
+    return FileResponse(
+        server.files.path(row),
+        media_type=kind if shown else "application/octet-stream",
+        headers={"Content-Disposition": disposition, "Content-Security-Policy": "sandbox"},
+    )
 
 
 def _denied(server: Server, request: Request) -> Response:
     if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         return HTMLResponse(server.pages.login(request.scope["path"]), 401, headers=HEADERS)
     message = "wrong or missing API key: set WANDB_API_KEY to the one that sweepserver printed"
-    return JSONResponse({"errors": [{"message": message}], "error": message}, 401,
-                        headers={"WWW-Authenticate": 'Basic realm="sweepserver"'})
+    return JSONResponse(
+        {"errors": [{"message": message}], "error": message},
+        401,
+        headers={"WWW-Authenticate": 'Basic realm="sweepserver"'},
+    )
 
 
 def _dumps(value) -> str:

@@ -38,11 +38,15 @@ class Artifacts:
         tags = [t.get("tagName") or t.get("name") for t in _listed(input.get("tags")) if isinstance(t, dict)]
         run = self.runs.get(project["id"], input["runName"]) if input.get("runName") else None
         with self.store.write() as db:
-            collection = self._collection(project, names[0], input.get("artifactTypeName") or "unspecified",
-                                          input.get("sequenceClientID"))
-            same = self.store.one("SELECT * FROM artifact WHERE collection=? AND digest=? AND state='COMMITTED' "
-                                  "AND incremental=0 ORDER BY version DESC LIMIT 1", collection["id"],
-                                  input.get("digest"))
+            collection = self._collection(
+                project, names[0], input.get("artifactTypeName") or "unspecified", input.get("sequenceClientID")
+            )
+            same = self.store.one(
+                "SELECT * FROM artifact WHERE collection=? AND digest=? AND state='COMMITTED' "
+                "AND incremental=0 ORDER BY version DESC LIMIT 1",
+                collection["id"],
+                input.get("digest"),
+            )
             if same:
                 self._alias(same, ["latest", *aliases])
                 key = same["id"]
@@ -50,10 +54,20 @@ class Artifacts:
                     db.execute("INSERT OR IGNORE INTO logged VALUES(?,?)", (run["id"], key))
             else:
                 key = self.store.insert(
-                    "artifact", collection=collection["id"], state="PENDING", digest=input.get("digest") or "",
-                    algorithm=input.get("digestAlgorithm") or "MANIFEST_MD5", description=input.get("description"),
-                    metadata=input.get("metadata"), run=run and run["id"], client_id=input.get("clientID"),
-                    aliases=json.dumps(aliases), tags=json.dumps([t for t in tags if t]), created=now(), updated=now())
+                    "artifact",
+                    collection=collection["id"],
+                    state="PENDING",
+                    digest=input.get("digest") or "",
+                    algorithm=input.get("digestAlgorithm") or "MANIFEST_MD5",
+                    description=input.get("description"),
+                    metadata=input.get("metadata"),
+                    run=run and run["id"],
+                    client_id=input.get("clientID"),
+                    aliases=json.dumps(aliases),
+                    tags=json.dumps([t for t in tags if t]),
+                    created=now(),
+                    updated=now(),
+                )
         return {"artifact": self.node(self._row(key))}
 
     def commit(self, input: dict, **_) -> dict:
@@ -62,8 +76,13 @@ class Artifacts:
             artifact = self._row(artifact["id"])
             if artifact["state"] == "PENDING":
                 last = self.store.value("SELECT MAX(version) FROM artifact WHERE collection=?", artifact["collection"])
-                self.store.update("artifact", artifact["id"], state="COMMITTED", updated=now(),
-                                  version=0 if last is None else last + 1)
+                self.store.update(
+                    "artifact",
+                    artifact["id"],
+                    state="COMMITTED",
+                    updated=now(),
+                    version=0 if last is None else last + 1,
+                )
                 self._own_files(artifact)
                 self._alias(artifact, ["latest", *json.loads(artifact["aliases"])])
         return {"artifact": self.node(self._row(artifact["id"]))}
@@ -101,9 +120,20 @@ class Artifacts:
             if known:  # these bytes are here; only their place in this version is new
                 self.files.record(owner, name, known["blob"], known["size"], known["md5"])
             url = None if known else self.nodes.url(self.files.sign("upload", owner=owner, name=name, md5=md5))
-            edges.append({"node": {"__typename": "File", "name": name, "displayName": name,
-                                   "storagePath": f"artifacts/{artifact['id']}/{md5 or name}", "uploadUrl": url,
-                                   "uploadHeaders": [], "uploadMultipartUrls": None, "artifact": self.node(artifact)}})
+            edges.append(
+                {
+                    "node": {
+                        "__typename": "File",
+                        "name": name,
+                        "displayName": name,
+                        "storagePath": f"artifacts/{artifact['id']}/{md5 or name}",
+                        "uploadUrl": url,
+                        "uploadHeaders": [],
+                        "uploadMultipartUrls": None,
+                        "artifact": self.node(artifact),
+                    }
+                }
+            )
         return {"files": {"edges": edges}}
 
     def use(self, input: dict, **_) -> dict:
@@ -155,8 +185,10 @@ class Artifacts:
             db.execute("DELETE FROM used WHERE artifact=?", (key,))
             db.execute("DELETE FROM logged WHERE artifact=?", (key,))
             db.execute("UPDATE artifact SET state='DELETED' WHERE id=?", (key,))
-            last = self.store.one("SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' "
-                                  "ORDER BY version DESC LIMIT 1", artifact["collection"])
+            last = self.store.one(
+                "SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' ORDER BY version DESC LIMIT 1",
+                artifact["collection"],
+            )
             if last and latest:
                 self._alias(last, ["latest"])
         self.files.delete(self.files.list(f"artifact:{key}") + self.files.list(f"manifest:{key}"))
@@ -164,8 +196,11 @@ class Artifacts:
     def update_collection(self, input: dict, **_) -> dict:
         """updateArtifactSequence (name, description) and moveArtifactSequence (type): ArtifactCollection.save()."""
         key = self._find_collection(input["artifactSequenceID"])["id"]
-        given = {"name": input.get("name"), "description": input.get("description"),
-                 "type": input.get("destinationArtifactTypeName")}
+        given = {
+            "name": input.get("name"),
+            "description": input.get("description"),
+            "type": input.get("destinationArtifactTypeName"),
+        }
         try:
             self.store.update("collection", key, **{name: v for name, v in given.items() if v is not None})
         except sqlite3.IntegrityError:
@@ -231,10 +266,16 @@ class Artifacts:
         if artifact is None:
             return None
         collection = self.store.one("SELECT * FROM collection WHERE id=?", artifact["collection"])
-        return {"__typename": "ArtifactCollectionMembership", "id": opaque("Membership", artifact["id"]),
-                "versionIndex": artifact["version"], "createdAt": iso(artifact["created"]),
-                "aliases": lambda **_: self._aliases(artifact), "artifactCollection": self.collection(collection),
-                "artifact": lambda **_: self.node(artifact), "files": lambda **k: self._files(artifact, **k)}
+        return {
+            "__typename": "ArtifactCollectionMembership",
+            "id": opaque("Membership", artifact["id"]),
+            "versionIndex": artifact["version"],
+            "createdAt": iso(artifact["created"]),
+            "aliases": lambda **_: self._aliases(artifact),
+            "artifactCollection": self.collection(collection),
+            "artifact": lambda **_: self.node(artifact),
+            "files": lambda **k: self._files(artifact, **k),
+        }
 
     def collection(self, collection) -> dict | None:
         if collection is None:
@@ -256,11 +297,17 @@ class Artifacts:
         }  # fmt: skip
 
     def type(self, name: str) -> dict:
-        return {"__typename": "ArtifactType", "id": opaque("Type", name), "name": name, "description": None,
-                "createdAt": "2026-01-01T00:00:00Z"}
+        return {
+            "__typename": "ArtifactType",
+            "id": opaque("Type", name),
+            "name": name,
+            "description": None,
+            "createdAt": "2026-01-01T00:00:00Z",
+        }
 
     def of_project(self, project) -> dict:
         """The artifact fields of a project's node."""
+
         def collections(kind=None, **k):
             return self.nodes.connection(self._collections(project, kind), self.collection, **k)
 
@@ -271,10 +318,14 @@ class Artifacts:
         def one_type(name=None, **_):
             if not self._collections(project, name):
                 return None
-            return {**self.type(name), "artifactCollections": lambda **k: collections(name, **k),
-                    "artifactCollection": lambda **k: one_collection(kind=name, **k),
-                    "artifacts": lambda **k: self.nodes.connection(
-                        [a for c in self._collections(project, name) for a in self._committed(c)], self.node, **k)}
+            return {
+                **self.type(name),
+                "artifactCollections": lambda **k: collections(name, **k),
+                "artifactCollection": lambda **k: one_collection(kind=name, **k),
+                "artifacts": lambda **k: self.nodes.connection(
+                    [a for c in self._collections(project, name) for a in self._committed(c)], self.node, **k
+                ),
+            }
 
         def types(**k):
             names = sorted({c["type"] for c in self._collections(project, None)})
@@ -285,18 +336,27 @@ class Artifacts:
             found = self._named(project, collection)
             return self.membership(found and self._member(found, alias or "latest"))
 
-        return {"artifactCollections": collections, "artifactCollection": one_collection, "artifactType": one_type,
-                "artifactTypes": types, "artifactCollectionMembership": membership,
-                "artifact": lambda name="", **_: (membership(name) or {"artifact": lambda: None})["artifact"]()}
+        return {
+            "artifactCollections": collections,
+            "artifactCollection": one_collection,
+            "artifactType": one_type,
+            "artifactTypes": types,
+            "artifactCollectionMembership": membership,
+            "artifact": lambda name="", **_: (membership(name) or {"artifact": lambda: None})["artifact"](),
+        }
 
     def of_run(self, run) -> dict:
         """The artifact fields of a run's node."""
+
         def outputs(**k):
             return self.nodes.connection(self.runs.artifacts(run), self.node, **k)
 
         def inputs(**k):
-            rows = self.store.all("SELECT artifact.* FROM artifact JOIN used ON used.artifact=artifact.id "
-                                  "WHERE used.run=? ORDER BY artifact.id", run["id"])
+            rows = self.store.all(
+                "SELECT artifact.* FROM artifact JOIN used ON used.artifact=artifact.id "
+                "WHERE used.run=? ORDER BY artifact.id",
+                run["id"],
+            )
             return self.nodes.connection(rows, self.node, **k)
 
         return {"outputArtifacts": outputs, "inputArtifacts": inputs}
@@ -336,8 +396,9 @@ class Artifacts:
     def _collection(self, project, name: str, kind: str, client_id: str | None):
         row = self._named(project, name)
         if row is None:
-            self.store.insert("collection", project=project["id"], name=name, type=kind, created=now(),
-                              client_id=client_id)
+            self.store.insert(
+                "collection", project=project["id"], name=name, type=kind, created=now(), client_id=client_id
+            )
             return self._collection(project, name, kind, client_id)
         if row["type"] != kind:
             raise Refused(f"artifact {name!r} is of type {row['type']!r}, not {kind!r}")
@@ -348,8 +409,9 @@ class Artifacts:
         return [row for row in rows if kind in (None, row["type"])]
 
     def _committed(self, collection) -> list:
-        return self.store.all("SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' ORDER BY version DESC",
-                              collection["id"])
+        return self.store.all(
+            "SELECT * FROM artifact WHERE collection=? AND state='COMMITTED' ORDER BY version DESC", collection["id"]
+        )
 
     def _versions(self, collection, order=None, filters=None, **k) -> dict:
         wanted = parsed(filters, {}) or {}
@@ -363,16 +425,25 @@ class Artifacts:
     def _member(self, collection, alias: str | None):
         """The version of an alias, or of `v3`."""
         if _VERSION.fullmatch(alias or ""):
-            return self.store.one("SELECT * FROM artifact WHERE collection=? AND version=? AND state='COMMITTED'",
-                                  collection["id"], int(alias[1:]))
-        return self.store.one("SELECT artifact.* FROM artifact JOIN alias ON alias.artifact=artifact.id "
-                              "WHERE alias.collection=? AND alias.alias=?", collection["id"], alias)
+            return self.store.one(
+                "SELECT * FROM artifact WHERE collection=? AND version=? AND state='COMMITTED'",
+                collection["id"],
+                int(alias[1:]),
+            )
+        return self.store.one(
+            "SELECT artifact.* FROM artifact JOIN alias ON alias.artifact=artifact.id "
+            "WHERE alias.collection=? AND alias.alias=?",
+            collection["id"],
+            alias,
+        )
 
     def _alias(self, artifact, names: list[str]) -> None:
         with self.store.write() as db:
             for name in names:
-                db.execute("INSERT OR REPLACE INTO alias(collection, alias, artifact) VALUES(?,?,?)",
-                           (artifact["collection"], name, artifact["id"]))
+                db.execute(
+                    "INSERT OR REPLACE INTO alias(collection, alias, artifact) VALUES(?,?,?)",
+                    (artifact["collection"], name, artifact["id"]),
+                )
 
     def _aliases(self, artifact) -> list[dict]:
         rows = self.store.all("SELECT * FROM alias WHERE artifact=? ORDER BY alias", artifact["id"])
@@ -386,8 +457,10 @@ class Artifacts:
 
     def _manifest(self, key: int) -> dict:
         token = self.files.sign("upload", owner=f"manifest:{key}", name="manifest.json")
-        return {"id": opaque("Manifest", key), "file": {"id": opaque("File", key), "uploadUrl": self.nodes.url(token),
-                                                     "uploadHeaders": []}}
+        return {
+            "id": opaque("Manifest", key),
+            "file": {"id": opaque("File", key), "uploadUrl": self.nodes.url(token), "uploadHeaders": []},
+        }
 
     def _files(self, artifact, names=None, **k) -> dict:
         """The files of a version, from its manifest. References are among them, without bytes of ours: the client
@@ -449,8 +522,11 @@ def _listed(value) -> list:
 
 
 def _alias_node(row) -> dict:
-    return {"__typename": "ArtifactAlias", "id": opaque("Alias", f"{row['collection']}:{row['alias']}"),
-            "alias": row["alias"]}
+    return {
+        "__typename": "ArtifactAlias",
+        "id": opaque("Alias", f"{row['collection']}:{row['alias']}"),
+        "alias": row["alias"],
+    }
 
 
 def _tags(row) -> list[dict]:

@@ -67,9 +67,19 @@ print(json.dumps({"state": sweep.state, "runs": sorted([r.config["a"], r.config[
                   "found": [p.name for p in api.projects("local") if p.name == project] == [project]}))
 """
 
-WANT = {"state": "FINISHED", "runs": [[a, b, "finished", 10 * a + b] for a in (1, 2) for b in (3, 4)], "best": 24,
-        "extra": 1, "tags": ["u"], "scan": [0, "NaN", 2], "rows": 4, "artifact": "4", "table": [[2]], "files": True,
-        "found": True}
+WANT = {
+    "state": "FINISHED",
+    "runs": [[a, b, "finished", 10 * a + b] for a in (1, 2) for b in (3, 4)],
+    "best": 24,
+    "extra": 1,
+    "tags": ["u"],
+    "scan": [0, "NaN", 2],
+    "rows": 4,
+    "artifact": "4",
+    "table": [[2]],
+    "files": True,
+    "found": True,
+}
 
 
 def client(version: str, folder: Path) -> Path:
@@ -78,8 +88,9 @@ def client(version: str, folder: Path) -> Path:
     python = place / "bin" / "python"
     if not (place / "bin" / "wandb").exists():
         venv.create(place, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", f"wandb=={version}"], check=True,
-                       stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", f"wandb=={version}"], check=True, stderr=subprocess.DEVNULL
+        )
     return python
 
 
@@ -89,31 +100,53 @@ def check(python: Path, server, folder: Path, project: str) -> dict:
     (folder / "program.py").write_text(PROGRAM)
     (folder / "sweep.yaml").write_text(SWEEP)
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    places = {name: str(folder) for name in ("HOME", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR",
-                                             "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")}
-    environment = {**kept, **server.env, **places, "WANDB_ERROR_REPORTING": "false",
-                   "PATH": f"{python.parent}{os.pathsep}{kept.get('PATH', '')}"}
+    places = {
+        name: str(folder)
+        for name in ("HOME", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR")
+    }
+    environment = {
+        **kept,
+        **server.env,
+        **places,
+        "WANDB_ERROR_REPORTING": "false",
+        "PATH": f"{python.parent}{os.pathsep}{kept.get('PATH', '')}",
+    }
 
     def run(*command: str) -> str:
-        done = subprocess.run([str(c) for c in command], cwd=folder, env=environment, text=True, timeout=240,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [str(c) for c in command],
+            cwd=folder,
+            env=environment,
+            text=True,
+            timeout=240,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(map(str, command[1:4]))}:\n{done.stdout}")
         return done.stdout
 
     created = run(python, "-m", "wandb", "sweep", "--project", project, "sweep.yaml")
     path = next(line.split("wandb agent ")[1].strip() for line in created.splitlines() if "wandb agent " in line)
-    agents = [subprocess.Popen([python, "-m", "wandb", "agent", path], cwd=folder, env=environment,
-                               stdout=(folder / f"agent-{i}.log").open("w"), stderr=subprocess.STDOUT)
-              for i in range(2)]
+    agents = [
+        subprocess.Popen(
+            [python, "-m", "wandb", "agent", path],
+            cwd=folder,
+            env=environment,
+            stdout=(folder / f"agent-{i}.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]
     for agent in agents:
         agent.wait(timeout=240)
     return json.loads(run(python, "-c", READ, path).splitlines()[-1])
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m sweepserver.check_clients", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m sweepserver.check_clients", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("versions", nargs="*", default=VERSIONS)
     parser.add_argument("--venvs", type=Path, help="folder that keeps the venvs (default: a temporary one)")
     args = parser.parse_args(argv)

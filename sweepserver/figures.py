@@ -47,8 +47,11 @@ def reported(rows: Sequence[dict]) -> dict[str, dict]:
         frame = report.to_frame([{**row["config"], **row["values"]} for row in rows])
         if frame.empty:
             return {}
-        drawn = {"parallel": report.parallel_coordinates_figure(frame), "pareto": report.pareto_figure(frame),
-                 "heatmap": report.heatmap_figure(frame)}
+        drawn = {
+            "parallel": report.parallel_coordinates_figure(frame),
+            "pareto": report.pareto_figure(frame),
+            "heatmap": report.heatmap_figure(frame),
+        }
     except ImportError:  # the server alone, without the rest of the project
         return {}
     except Exception:  # rows come from any program; the page has figures of its own
@@ -77,8 +80,13 @@ def parallel(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict 
             dimensions.append(_dimension(short(key), values))
     scores = [row["values"][metric] for row in rows]
     dimensions.append(_dimension(short(metric), scores))
-    line = {"color": scores, "colorscale": SCALE, "reversescale": goal == "minimize", "showscale": True,
-            "colorbar": {"thickness": 10, "outlinewidth": 0, "title": {"text": ""}}}
+    line = {
+        "color": scores,
+        "colorscale": SCALE,
+        "reversescale": goal == "minimize",
+        "showscale": True,
+        "colorbar": {"thickness": 10, "outlinewidth": 0, "title": {"text": ""}},
+    }
     trace = {"type": "parcoords", "dimensions": dimensions, "line": line, "labelangle": 0}
     return {"data": [trace], "layout": {"margin": {"l": 70, "r": 40, "t": 64, "b": 24}, "height": 400}}
 
@@ -86,26 +94,57 @@ def parallel(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict 
 def pareto(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict | None:
     """The metric against the size (the run time where no size is known), with the runs that no other beats."""
     size = size_key(rows) or "_runtime"
-    points = [(row["values"][size], row["values"][metric], label(row), row["name"]) for row in rows
-              if number(row["values"].get(size)) and number(row["values"].get(metric))]
+    points = [
+        (row["values"][size], row["values"][metric], label(row), row["name"])
+        for row in rows
+        if number(row["values"].get(size)) and number(row["values"].get(metric))
+    ]
     if not points:
         return None
     front = pareto_front([(x, y) for x, y, *_ in points], goal)
-    data = [{"type": "scatter", "mode": "markers", "name": "runs", "x": [p[0] for p in points],
-             "y": [p[1] for p in points], "text": [p[2] for p in points], "customdata": [p[3] for p in points],
-             "hovertemplate": f"%{{text}}<br>{short(metric)} %{{y:.5g}}<br>{short(size)} %{{x:.5g}}<extra></extra>",
-             "marker": {"size": 9, "color": ACCENT, "opacity": 0.7}},
-            {"type": "scatter", "mode": "lines", "name": "Pareto front", "x": [points[i][0] for i in front],
-             "y": [points[i][1] for i in front], "line": {"shape": "hv", "width": 2, "color": "#1f9d76"},
-             "hoverinfo": "skip"}]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "runs",
+            "x": [p[0] for p in points],
+            "y": [p[1] for p in points],
+            "text": [p[2] for p in points],
+            "customdata": [p[3] for p in points],
+            "hovertemplate": f"%{{text}}<br>{short(metric)} %{{y:.5g}}<br>{short(size)} %{{x:.5g}}<extra></extra>",
+            "marker": {"size": 9, "color": ACCENT, "opacity": 0.7},
+        },
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "Pareto front",
+            "x": [points[i][0] for i in front],
+            "y": [points[i][1] for i in front],
+            "line": {"shape": "hv", "width": 2, "color": "#1f9d76"},
+            "hoverinfo": "skip",
+        },
+    ]
     fp32 = [(row["values"].get("model_size_fp32_mb"), row["values"].get("test_acc_fp32")) for row in rows]
     fp32 = [pair for pair in fp32 if number(pair[0]) and number(pair[1])]
-    layout = {"xaxis": {"title": {"text": short(size)}}, "yaxis": {"title": {"text": short(metric)}},
-              "legend": {"orientation": "h", "y": 1.12}, "margin": {"l": 60, "r": 20, "t": 36, "b": 50}, "height": 380}
+    layout = {
+        "xaxis": {"title": {"text": short(size)}},
+        "yaxis": {"title": {"text": short(metric)}},
+        "legend": {"orientation": "h", "y": 1.12},
+        "margin": {"l": 60, "r": 20, "t": 36, "b": 50},
+        "height": 380,
+    }
     if size == "model_size_mb" and fp32:
-        data.append({"type": "scatter", "mode": "markers", "name": "FP32", "x": [fp32[0][0]], "y": [fp32[0][1]],
-                     "marker": {"symbol": "star", "size": 14, "color": REFERENCE},
-                     "hovertemplate": "FP32<br>%{y:.5g} at %{x:.5g} MB<extra></extra>"})
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "FP32",
+                "x": [fp32[0][0]],
+                "y": [fp32[0][1]],
+                "marker": {"symbol": "star", "size": 14, "color": REFERENCE},
+                "hovertemplate": "FP32<br>%{y:.5g} at %{x:.5g} MB<extra></extra>",
+            }
+        )
         layout["xaxis"].update(type="log", dtick="D2")
     return {"data": data, "layout": layout}
 
@@ -133,13 +172,29 @@ def heatmap(rows: Sequence[dict], metric: str, goal: str = "maximize") -> dict |
     ys, xs = ordered({key[0] for key in cells}), ordered({key[1] for key in cells})
     z = [[pick(cells[a, b]) if (a, b) in cells else None for b in xs] for a in ys]
     text = [["" if v is None else f"{v:.4g}" for v in line] for line in z]
-    trace = {"type": "heatmap", "x": [str(v) for v in xs], "y": [str(v) for v in ys], "z": z, "text": text,
-             "texttemplate": "%{text}", "colorscale": SCALE, "reversescale": goal == "minimize", "xgap": 3, "ygap": 3,
-             "colorbar": {"thickness": 10, "outlinewidth": 0},
-             "hovertemplate": f"{short(y)} %{{y}}<br>{short(x)} %{{x}}<br>{short(metric)} %{{z:.5g}}<extra></extra>"}
-    return {"data": [trace], "layout": {"xaxis": {"title": {"text": short(x)}, "type": "category"}, "height": 380,
-                                        "yaxis": {"title": {"text": short(y)}, "type": "category"},
-                                        "margin": {"l": 60, "r": 20, "t": 36, "b": 50}}}
+    trace = {
+        "type": "heatmap",
+        "x": [str(v) for v in xs],
+        "y": [str(v) for v in ys],
+        "z": z,
+        "text": text,
+        "texttemplate": "%{text}",
+        "colorscale": SCALE,
+        "reversescale": goal == "minimize",
+        "xgap": 3,
+        "ygap": 3,
+        "colorbar": {"thickness": 10, "outlinewidth": 0},
+        "hovertemplate": f"{short(y)} %{{y}}<br>{short(x)} %{{x}}<br>{short(metric)} %{{z:.5g}}<extra></extra>",
+    }
+    return {
+        "data": [trace],
+        "layout": {
+            "xaxis": {"title": {"text": short(x)}, "type": "category"},
+            "height": 380,
+            "yaxis": {"title": {"text": short(y)}, "type": "category"},
+            "margin": {"l": 60, "r": 20, "t": 36, "b": 50},
+        },
+    }
 
 
 def _cloud(rows: Sequence[dict], x: str, y: str, metric: str, goal: str) -> dict:
@@ -152,21 +207,51 @@ def _cloud(rows: Sequence[dict], x: str, y: str, metric: str, goal: str) -> dict
 
     (xs, x_axis), (ys, y_axis) = axis(x), axis(y)
     scores = [row["values"][metric] for row in rows]
-    marker = {"size": 13, "color": scores, "colorscale": SCALE, "reversescale": goal == "minimize", "showscale": True,
-              "colorbar": {"thickness": 10, "outlinewidth": 0}, "line": {"width": 1, "color": "white"}}
-    trace = {"type": "scatter", "mode": "markers", "x": xs, "y": ys, "marker": marker,
-             "text": [label(row) for row in rows], "customdata": scores,
-             "hovertemplate": f"%{{text}}<br>{short(metric)} %{{customdata:.5g}}<extra></extra>"}
-    return {"data": [trace], "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 380,
-                                        "margin": {"l": 60, "r": 20, "t": 36, "b": 50}}}
+    marker = {
+        "size": 13,
+        "color": scores,
+        "colorscale": SCALE,
+        "reversescale": goal == "minimize",
+        "showscale": True,
+        "colorbar": {"thickness": 10, "outlinewidth": 0},
+        "line": {"width": 1, "color": "white"},
+    }
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": xs,
+        "y": ys,
+        "marker": marker,
+        "text": [label(row) for row in rows],
+        "customdata": scores,
+        "hovertemplate": f"%{{text}}<br>{short(metric)} %{{customdata:.5g}}<extra></extra>",
+    }
+    return {
+        "data": [trace],
+        "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 380, "margin": {"l": 60, "r": 20, "t": 36, "b": 50}},
+    }
 
 
 def curve(name: str, steps: list, values: list) -> dict:
     """One metric over the steps of a run."""
-    return {"data": [{"type": "scatter", "mode": "lines" if len(values) > 1 else "markers", "x": steps, "y": values,
-                      "line": {"width": 2, "color": ACCENT}, "hovertemplate": "step %{x}<br>%{y:.6g}<extra></extra>"}],
-            "layout": {"title": {"text": name, "font": {"size": 13}, "x": 0.02, "xanchor": "left"}, "height": 230,
-                       "margin": {"l": 50, "r": 14, "t": 36, "b": 30}, "showlegend": False}}
+    return {
+        "data": [
+            {
+                "type": "scatter",
+                "mode": "lines" if len(values) > 1 else "markers",
+                "x": steps,
+                "y": values,
+                "line": {"width": 2, "color": ACCENT},
+                "hovertemplate": "step %{x}<br>%{y:.6g}<extra></extra>",
+            }
+        ],
+        "layout": {
+            "title": {"text": name, "font": {"size": 13}, "x": 0.02, "xanchor": "left"},
+            "height": 230,
+            "margin": {"l": 50, "r": 14, "t": 36, "b": 30},
+            "showlegend": False,
+        },
+    }
 
 
 def pareto_front(points: Sequence[tuple[float, float]], goal: str = "maximize") -> list[int]:
@@ -189,8 +274,9 @@ def varying(rows: Sequence[dict]) -> list[str]:
 def size_key(rows: Sequence[dict]) -> str | None:
     """The summary key to read as the model's size, None where there is none."""
     keys = {key for row in rows for key, value in row["values"].items() if number(value)}
-    named = sorted(key for key in keys if re.search(r"(^|[_/.])(size|bytes|mb|params)([_/.]|$)", key, re.I)
-                   and "fp32" not in key)
+    named = sorted(
+        key for key in keys if re.search(r"(^|[_/.])(size|bytes|mb|params)([_/.]|$)", key, re.I) and "fp32" not in key
+    )
     found = [key for key in SIZE if key in keys] + named
     return next((k for k in found if len({row["values"].get(k) for row in rows}) > 1), found[0] if found else None)
 
@@ -220,8 +306,12 @@ def _dimension(name: str, values: list) -> dict:
         return {"label": name, "values": values, **ticks}
     places = {value: i for i, value in enumerate(distinct)}
     texts = [short(str(value))[:24] for value in distinct]
-    return {"label": name, "values": [places[_hashable(v)] for v in values], "tickvals": list(range(len(distinct))),
-            "ticktext": texts}
+    return {
+        "label": name,
+        "values": [places[_hashable(v)] for v in values],
+        "tickvals": list(range(len(distinct))),
+        "ticktext": texts,
+    }
 
 
 def _hashable(value):

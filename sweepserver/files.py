@@ -93,10 +93,12 @@ class Files:
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         with self.store.write() as db:
             old = self.get(owner, name)
-            db.execute("INSERT INTO file(owner, name, blob, size, md5, mimetype, updated) VALUES(?,?,?,?,?,?,?) "
-                       "ON CONFLICT(owner, name) DO UPDATE SET blob=excluded.blob, size=excluded.size, "
-                       "md5=excluded.md5, mimetype=excluded.mimetype, updated=excluded.updated",
-                       (owner, name, blob, size, md5, kind, now()))
+            db.execute(
+                "INSERT INTO file(owner, name, blob, size, md5, mimetype, updated) VALUES(?,?,?,?,?,?,?) "
+                "ON CONFLICT(owner, name) DO UPDATE SET blob=excluded.blob, size=excluded.size, "
+                "md5=excluded.md5, mimetype=excluded.mimetype, updated=excluded.updated",
+                (owner, name, blob, size, md5, kind, now()),
+            )
         if old and not db.in_transaction:  # a larger change may yet be rolled back; then the next start drops them
             self._drop(old["blob"])
 

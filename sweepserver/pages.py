@@ -28,8 +28,10 @@ class Pages:
     def __init__(self, server):
         self.server, self.store, self.runs = server, server.store, server.runs
         self.drawn: dict[str, tuple[int, dict]] = {}
-        self.templates = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"),
-                                     autoescape=select_autoescape(default=True, default_for_string=True))
+        self.templates = Environment(
+            loader=FileSystemLoader(Path(__file__).parent / "templates"),
+            autoescape=select_autoescape(default=True, default_for_string=True),
+        )
         self.templates.filters.update(value=show, ago=ago, duration=duration, seg=lambda t: quote(str(t), safe=""))
         self.templates.globals.update(iso=iso, now=time.time)
 
@@ -69,16 +71,20 @@ class Pages:
     # -- pages ----------------------------------------------------------------------------------------------------
 
     def _home(self, entity: str | None) -> str:
-        rows = self.store.all("SELECT p.*, (SELECT COUNT(*) FROM run WHERE project=p.id) AS runs, "
-                              "(SELECT COUNT(*) FROM sweep WHERE project=p.id) AS sweeps, "
-                              "(SELECT MAX(heartbeat) FROM run WHERE project=p.id) AS last FROM project p "
-                              "ORDER BY COALESCE(last, created) DESC")
+        rows = self.store.all(
+            "SELECT p.*, (SELECT COUNT(*) FROM run WHERE project=p.id) AS runs, "
+            "(SELECT COUNT(*) FROM sweep WHERE project=p.id) AS sweeps, "
+            "(SELECT MAX(heartbeat) FROM run WHERE project=p.id) AS last FROM project p "
+            "ORDER BY COALESCE(last, created) DESC"
+        )
         rows = [row for row in rows if entity in (None, row["entity"])]
         return self._render("home.html", projects=rows, entity=self.server.entity, trail=[])
 
     def _project(self, project) -> str:
-        sweeps = [{"row": row, "counts": self._counts(row), "name": self._sweep_name(row)} for row in self.store.all(
-            "SELECT * FROM sweep WHERE project=? ORDER BY created DESC", project["id"])]
+        sweeps = [
+            {"row": row, "counts": self._counts(row), "name": self._sweep_name(row)}
+            for row in self.store.all("SELECT * FROM sweep WHERE project=? ORDER BY created DESC", project["id"])
+        ]
         runs = self.store.all("SELECT * FROM run WHERE project=? ORDER BY id DESC LIMIT 500", project["id"])
         return self._render("project.html", project=project, sweeps=sweeps, runs=runs, trail=_trail(project))
 
@@ -89,12 +95,25 @@ class Pages:
     def _sweep_data(self, project, sweep) -> dict:
         view = self._sweep_view(project, sweep)
         metric, goal = view["metric"], view["goal"]
-        rows = [{"name": run["name"], "params": run["params"], "config": self.runs.config(run["row"]), "values": {
-            key: value for key, value in run["summary"].items() if number(value)}}
-            for run in view["runs"] if run["state"] == "finished"]
+        rows = [
+            {
+                "name": run["name"],
+                "params": run["params"],
+                "config": self.runs.config(run["row"]),
+                "values": {key: value for key, value in run["summary"].items() if number(value)},
+            }
+            for run in view["runs"]
+            if run["state"] == "finished"
+        ]
         live = sweep["state"] in ("PENDING", "RUNNING", "PAUSED") or any(r["state"] in LIVE for r in view["runs"])
-        return {"live": live, "figures": self._figures(sweep["id"], rows, metric, goal), "parts": {
-            "status": self._render("_sweep_status.html", **view), "runs": self._render("_sweep_runs.html", **view)}}
+        return {
+            "live": live,
+            "figures": self._figures(sweep["id"], rows, metric, goal),
+            "parts": {
+                "status": self._render("_sweep_status.html", **view),
+                "runs": self._render("_sweep_runs.html", **view),
+            },
+        }
 
     def _figures(self, sweep_id: str, rows: list[dict], metric: str | None, goal: str) -> dict:
         """The sweep's figures, drawn anew only when its finished runs changed: a page asks every 3 s."""
@@ -110,13 +129,24 @@ class Pages:
         except BadSweep:
             metric, goal, method, parameters = None, "maximize", "bayes", {}
         runs = []
-        for row in self.store.all("SELECT run.*, agent.host AS agent_host FROM run LEFT JOIN agent ON "
-                                  "agent.id=run.agent WHERE run.sweep=? ORDER BY run.id", sweep["id"]):
+        for row in self.store.all(
+            "SELECT run.*, agent.host AS agent_host FROM run LEFT JOIN agent ON "
+            "agent.id=run.agent WHERE run.sweep=? ORDER BY run.id",
+            sweep["id"],
+        ):
             config = self.runs.config(row)
             params = flat({name: config.get(name) for name in parameters})
             summary = {k: inner(v) for k, v in self.runs.summary(row).items()}
-            runs.append({"row": row, "name": row["name"], "state": row["state"], "params": params, "summary": summary,
-                         "seconds": _seconds(row)})
+            runs.append(
+                {
+                    "row": row,
+                    "name": row["name"],
+                    "state": row["state"],
+                    "params": params,
+                    "summary": summary,
+                    "seconds": _seconds(row),
+                }
+            )
         metric = metric or _guess_metric(runs)
         counts = self._counts(sweep)
         columns = _summary_columns(runs, metric)
@@ -127,21 +157,43 @@ class Pages:
             if len(values) == 1 and len(runs) > 1:
                 fixed[name] = next(iter(values))
                 names.remove(name)
-        return {"project": project, "sweep": sweep, "name": self._sweep_name(sweep), "metric": metric, "goal": goal,
-                "method": method, "runs": runs, "counts": counts, "params": names, "fixed": fixed, "columns": columns,
-                "best": best, "left": self._time_left(sweep, counts, runs),
-                "agents": self.store.value("SELECT COUNT(*) FROM agent WHERE sweep=? AND state='RUNNING' AND "
-                                           "heartbeat>?", sweep["id"], time.time() - 30),
-                "base": _trail(project)[0][1], "path": f"{_trail(project)[0][1]}/sweeps/{sweep['id']}"}
+        return {
+            "project": project,
+            "sweep": sweep,
+            "name": self._sweep_name(sweep),
+            "metric": metric,
+            "goal": goal,
+            "method": method,
+            "runs": runs,
+            "counts": counts,
+            "params": names,
+            "fixed": fixed,
+            "columns": columns,
+            "best": best,
+            "left": self._time_left(sweep, counts, runs),
+            "agents": self.store.value(
+                "SELECT COUNT(*) FROM agent WHERE sweep=? AND state='RUNNING' AND heartbeat>?",
+                sweep["id"],
+                time.time() - 30,
+            ),
+            "base": _trail(project)[0][1],
+            "path": f"{_trail(project)[0][1]}/sweeps/{sweep['id']}",
+        }
 
     def _run(self, project, run) -> str:
         trail = _trail(project)
         if run["sweep"]:
             trail.append(("sweep " + run["sweep"], f"{trail[0][1]}/sweeps/{run['sweep']}"))
         others = self.store.all("SELECT * FROM run WHERE point=? AND id<>? ORDER BY id", run["point"] or -1, run["id"])
-        return self._render("run.html", project=project, run=run, config=sorted(flat(self.runs.config(run)).items()),
-                            others=others, **self._run_view(run), trail=[*trail, (run["display_name"] or run["name"],
-                                                                                None)])
+        return self._render(
+            "run.html",
+            project=project,
+            run=run,
+            config=sorted(flat(self.runs.config(run)).items()),
+            others=others,
+            **self._run_view(run),
+            trail=[*trail, (run["display_name"] or run["name"], None)],
+        )
 
     def _run_data(self, run) -> dict:
         rows = self.runs.rows(run, "history")
@@ -152,22 +204,35 @@ class Pages:
             points = spread(points, 1000)
             drawn[name] = figures.curve(figures.short(name), [p[0] for p in points], [p[1] for p in points])
         view = self._run_view(run)
-        return {"live": run["state"] in LIVE, "curves": drawn, "left_out": len(names) - len(drawn), "parts": {
-            name: self._render(f"_run_{name}.html", run=run, **view) for name in ("status", "summary", "log", "files")}}
+        return {
+            "live": run["state"] in LIVE,
+            "curves": drawn,
+            "left_out": len(names) - len(drawn),
+            "parts": {
+                name: self._render(f"_run_{name}.html", run=run, **view)
+                for name in ("status", "summary", "log", "files")
+            },
+        }
 
     def _run_view(self, run) -> dict:
-        lines = self.store.all("SELECT text FROM line WHERE run=? AND stream='log' ORDER BY idx DESC LIMIT ?",
-                               run["id"], LOG_LINES)
+        lines = self.store.all(
+            "SELECT text FROM line WHERE run=? AND stream='log' ORDER BY idx DESC LIMIT ?", run["id"], LOG_LINES
+        )
         log = [log_line(0, row["text"]) for row in reversed(lines)]
         for line in log:
             line["line"] = ANSI.sub("", line["line"]).rstrip("\n").rpartition("\r")[2]
         project = self.store.one("SELECT * FROM project WHERE id=?", run["project"])
         base = f"/files/{quote(project['entity'], safe='')}/{quote(project['name'], safe='')}/{quote(run['name'])}"
         summary = [(k, inner(v)) for k, v in sorted(self.runs.summary(run).items()) if k != "_wandb"]
-        return {"summary": [(k, v) for k, v in summary if not k.startswith("_")], "log": log,
-                "hidden_lines": max(0, self.runs.count(run, "log") - LOG_LINES), "seconds": _seconds(run),
-                "files": self.server.files.list(f"run:{run['id']}"), "files_base": base,
-                "artifacts": self.runs.artifacts(run)}
+        return {
+            "summary": [(k, v) for k, v in summary if not k.startswith("_")],
+            "log": log,
+            "hidden_lines": max(0, self.runs.count(run, "log") - LOG_LINES),
+            "seconds": _seconds(run),
+            "files": self.server.files.list(f"run:{run['id']}"),
+            "files_base": base,
+            "artifacts": self.runs.artifacts(run),
+        }
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
@@ -208,8 +273,12 @@ class Pages:
 
 
 def _trail(project) -> list[tuple[str, str]]:
-    return [(f"{project['entity']}/{project['name']}",
-             f"/{quote(project['entity'], safe='')}/{quote(project['name'], safe='')}")]
+    return [
+        (
+            f"{project['entity']}/{project['name']}",
+            f"/{quote(project['entity'], safe='')}/{quote(project['name'], safe='')}",
+        )
+    ]
 
 
 def _seconds(run) -> float:
@@ -219,10 +288,16 @@ def _seconds(run) -> float:
 
 def _summary_columns(runs: list[dict], metric: str | None, most: int = 7) -> list[str]:
     """The numeric summary keys that the table shows: the metric, then known ones and those that vary."""
-    known = ["acc_drop", "model_size_mb", "compression_ratio_model", "compression_ratio_weights",
-             "compression_ratio_activations", "calib_seconds", "eval_seconds"]
-    keys = {key for run in runs for key, value in run["summary"].items()
-            if not key.startswith("_") and number(value)}
+    known = [
+        "acc_drop",
+        "model_size_mb",
+        "compression_ratio_model",
+        "compression_ratio_weights",
+        "compression_ratio_activations",
+        "calib_seconds",
+        "eval_seconds",
+    ]
+    keys = {key for run in runs for key, value in run["summary"].items() if not key.startswith("_") and number(value)}
     kinds = {key: len({str(run["summary"].get(key)) for run in runs}) for key in keys}  # str: it may be a dict
     keys = {key for key in keys if key != metric and (key in known or kinds[key] > 2)}
     ranked = sorted(keys, key=lambda key: (known.index(key) if key in known else len(known), key))
@@ -230,8 +305,7 @@ def _summary_columns(runs: list[dict], metric: str | None, most: int = 7) -> lis
 
 
 def _guess_metric(runs: list[dict]) -> str | None:
-    keys = {key for run in runs for key, value in run["summary"].items()
-            if not key.startswith("_") and number(value)}
+    keys = {key for run in runs for key, value in run["summary"].items() if not key.startswith("_") and number(value)}
     liked = [k for k in ("test_acc_quantized", "val_acc", "accuracy", "acc", "val_loss", "loss") if k in keys]
     return (liked or sorted(keys) or [None])[0]
 

@@ -17,8 +17,11 @@ from .search import BadSweep, parse_sweep
 from .walker import Refused
 
 # What the client asks before it asks for more. Features: the names of its ServerFeature; any version of it is welcome.
-SERVER_INFO = {"features": [{"name": "TOTAL_COUNT_IN_FILE_CONNECTION", "isEnabled": True}],
-               "cliVersionInfo": {"max_cli_version": "999.0.0"}, "latestLocalVersionInfo": None}
+SERVER_INFO = {
+    "features": [{"name": "TOTAL_COUNT_IN_FILE_CONNECTION", "isEnabled": True}],
+    "cliVersionInfo": {"max_cli_version": "999.0.0"},
+    "latestLocalVersionInfo": None,
+}
 
 
 class Nodes:
@@ -61,27 +64,56 @@ class Nodes:
 
     def type_(self, name=None, **_) -> dict:
         """Introspection as 0.19 and 0.22 use it: which fields there are. Null would break their Api."""
-        fields = {"Artifact": ["aliases", "tags", "ttlDurationSeconds", "ttlIsInherited", "historyStep"],
-                  "Run": ["projectId", "summaryMetrics", "config"], "Project": ["internalId", "name"],
-                  "DeleteFilesInput": ["files", "projectId"]}.get(name, [])
+        fields = {
+            "Artifact": ["aliases", "tags", "ttlDurationSeconds", "ttlIsInherited", "historyStep"],
+            "Run": ["projectId", "summaryMetrics", "config"],
+            "Project": ["internalId", "name"],
+            "DeleteFilesInput": ["files", "projectId"],
+        }.get(name, [])
         named = [{"name": field, "args": []} for field in fields]
         return {"name": name, "fields": named, "inputFields": named, "enumValues": []}
 
     def viewer(self) -> dict:
         name = self.entity_name
-        return {"__typename": "User", "id": s.opaque("User", 1), "entity": name, "username": name, "name": name,
-                "email": f"{name}@localhost", "admin": True, "flags": "{}", "deletedAt": None, "photoUrl": None,
-                "teams": {"edges": [{"node": {"__typename": "Entity", "id": s.opaque("Entity", name), "name": name}}]},
-                "apiKeys": {"edges": []}, "organizations": []}
+        return {
+            "__typename": "User",
+            "id": s.opaque("User", 1),
+            "entity": name,
+            "username": name,
+            "name": name,
+            "email": f"{name}@localhost",
+            "admin": True,
+            "flags": "{}",
+            "deletedAt": None,
+            "photoUrl": None,
+            "teams": {"edges": [{"node": {"__typename": "Entity", "id": s.opaque("Entity", name), "name": name}}]},
+            "apiKeys": {"edges": []},
+            "organizations": [],
+        }
 
     def entity(self, name=None, **_) -> dict:
         name = name or self.entity_name
-        return {"__typename": "Entity", "id": s.opaque("Entity", name), "name": name, "organization": None,
-                "isTeam": False, "available": True, "readOnly": False, "user": self.viewer(), "members": [],
-                "defaultAccess": "PRIVATE", "codeSavingEnabled": False, "entityType": "user", "readOnlyAdmin": False,
-                "privateOnly": False, "storageBytes": 0, "isPaid": False, "photoUrl": None,
-                "xxhashDigestsEnabled": False,
-                "project": lambda name=None, **_k: self.find_project(name, name)}
+        return {
+            "__typename": "Entity",
+            "id": s.opaque("Entity", name),
+            "name": name,
+            "organization": None,
+            "isTeam": False,
+            "available": True,
+            "readOnly": False,
+            "user": self.viewer(),
+            "members": [],
+            "defaultAccess": "PRIVATE",
+            "codeSavingEnabled": False,
+            "entityType": "user",
+            "readOnlyAdmin": False,
+            "privateOnly": False,
+            "storageBytes": 0,
+            "isPaid": False,
+            "photoUrl": None,
+            "xxhashDigestsEnabled": False,
+            "project": lambda name=None, **_k: self.find_project(name, name),
+        }
 
     def find_project(self, name=None, entityName=None, **_) -> dict | None:
         if not name:  # `wandb agent <id>`: the sweep alone says where it belongs
@@ -94,8 +126,9 @@ class Nodes:
         return known or {"id": "", "name": name, "entity": self.entity(entity), "bucket": lambda **_k: None}
 
     def projects(self, entityName=None, **k) -> dict:
-        rows = self.store.all("SELECT * FROM project WHERE entity=? ORDER BY created DESC",
-                              entityName or self.entity_name)
+        rows = self.store.all(
+            "SELECT * FROM project WHERE entity=? ORDER BY created DESC", entityName or self.entity_name
+        )
         return self.connection(rows, self.project, **k)
 
     # -- nodes ----------------------------------------------------------------------------------------------------
@@ -107,10 +140,17 @@ class Nodes:
         except ValueError:
             start = 0
         page = rows[start : start + max(1, min(int(first or limit or 1000), 1000))]
-        edges = [{"cursor": base64.b64encode(str(start + i + 1).encode()).decode(), "node": node(row)}
-                 for i, row in enumerate(page)]
-        info = {"__typename": "PageInfo", "hasNextPage": start + len(page) < len(rows), "hasPreviousPage": start > 0,
-                "startCursor": None, "endCursor": edges[-1]["cursor"] if edges else None}
+        edges = [
+            {"cursor": base64.b64encode(str(start + i + 1).encode()).decode(), "node": node(row)}
+            for i, row in enumerate(page)
+        ]
+        info = {
+            "__typename": "PageInfo",
+            "hasNextPage": start + len(page) < len(rows),
+            "hasPreviousPage": start > 0,
+            "startCursor": None,
+            "endCursor": edges[-1]["cursor"] if edges else None,
+        }
         return {"edges": edges, "pageInfo": info, "totalCount": len(rows)}
 
     def project(self, project) -> dict | None:
@@ -162,8 +202,9 @@ class Nodes:
             return json.dumps(s.clean({k: v for k, v in values.items() if not keys or k in keys}))
 
         def lines(stream):
-            return lambda samples=None, minStep=None, maxStep=None, **_: runs.history(run, stream, samples, minStep,
-                                                                                      maxStep)
+            return lambda samples=None, minStep=None, maxStep=None, **_: runs.history(
+                run, stream, samples, minStep, maxStep
+            )
 
         def sampled(specs=(), **_):
             specs = specs if isinstance(specs, list) else [specs]
@@ -202,8 +243,9 @@ class Nodes:
         names = names and [posixpath.normpath(name) for name in names]  # `./x` was stored as `x`
         if names:
             known = {row["name"]: row for row in rows}
-            absent = [{**NO_FILE, "name": name, "owner": f"run:{run['id']}", "size": 0}
-                      for name in names if name not in known]
+            absent = [
+                {**NO_FILE, "name": name, "owner": f"run:{run['id']}", "size": 0} for name in names if name not in known
+            ]
             rows = [known[name] for name in names if name in known] + absent
         elif pattern:  # SQL LIKE
             escaped = re.escape(pattern).replace("%", ".*").replace("_", ".")
@@ -218,10 +260,20 @@ class Nodes:
             token = {"owner": row["owner"], "name": row["name"]}
             return self.url(self.files.sign("upload", **token)) if upload else download
 
-        return {"__typename": "File", "id": s.opaque("File", row["id"]), "name": name or row["name"],
-                "displayName": name or row["name"], "url": url, "directUrl": download, "sizeBytes": row["size"],
-                "mimetype": row["mimetype"], "updatedAt": s.iso(row["updated"]), "md5": md5, "digest": md5,
-                "storagePath": None}
+        return {
+            "__typename": "File",
+            "id": s.opaque("File", row["id"]),
+            "name": name or row["name"],
+            "displayName": name or row["name"],
+            "url": url,
+            "directUrl": download,
+            "sizeBytes": row["size"],
+            "mimetype": row["mimetype"],
+            "updatedAt": s.iso(row["updated"]),
+            "md5": md5,
+            "digest": md5,
+            "storagePath": None,
+        }
 
     def log_lines(self, run, last=None, **k) -> dict:
         texts = list(enumerate(self.runs.texts(run, "log")))
@@ -236,8 +288,9 @@ class Nodes:
             search, expected = None, None
 
         def runs(**k):
-            return self.connection(self.store.all("SELECT * FROM run WHERE sweep=? ORDER BY id", sweep["id"]),
-                                   self.run, **k)
+            return self.connection(
+                self.store.all("SELECT * FROM run WHERE sweep=? ORDER BY id", sweep["id"]), self.run, **k
+            )
 
         def agents():
             return self.store.all("SELECT * FROM agent WHERE sweep=? ORDER BY created", sweep["id"])
@@ -245,8 +298,10 @@ class Nodes:
         def best_loss(**_):
             if not (search and search.metric):
                 return None
-            found = [dig(self.runs.summary(row), search.metric) for row in self.store.all(
-                "SELECT * FROM run WHERE sweep=? AND state='finished'", sweep["id"])]
+            found = [
+                dig(self.runs.summary(row), search.metric)
+                for row in self.store.all("SELECT * FROM run WHERE sweep=? AND state='finished'", sweep["id"])
+            ]
             place = best(found, search.goal)
             return None if place is None else float(found[place])
 
@@ -272,10 +327,17 @@ class Nodes:
         def rows():
             return self.store.all("SELECT * FROM run WHERE agent=? ORDER BY id", agent["id"])
 
-        return {"__typename": "Agent", "id": agent["id"], "name": agent["id"], "host": agent["host"],
-                "state": agent["state"], "createdAt": s.iso(agent["created"]), "totalRuns": lambda **_: len(rows()),
-                "heartbeatAt": s.iso(agent["heartbeat"]),
-                "runs": lambda **k: self.connection(rows(), self.run, **k)}
+        return {
+            "__typename": "Agent",
+            "id": agent["id"],
+            "name": agent["id"],
+            "host": agent["host"],
+            "state": agent["state"],
+            "createdAt": s.iso(agent["created"]),
+            "totalRuns": lambda **_: len(rows()),
+            "heartbeatAt": s.iso(agent["heartbeat"]),
+            "runs": lambda **k: self.connection(rows(), self.run, **k),
+        }
 
     # -- mutations ------------------------------------------------------------------------------------------------
 
@@ -319,9 +381,13 @@ class Nodes:
                 self.artifacts.remove(artifact)
         with self.store.write() as db:
             self.scheduler.forget(run)
-            for sql in ("DELETE FROM line WHERE run=?", "DELETE FROM used WHERE run=?",
-                        "DELETE FROM logged WHERE run=?", "DELETE FROM run WHERE id=?",
-                        "UPDATE artifact SET run=NULL WHERE run=?"):
+            for sql in (
+                "DELETE FROM line WHERE run=?",
+                "DELETE FROM used WHERE run=?",
+                "DELETE FROM logged WHERE run=?",
+                "DELETE FROM run WHERE id=?",
+                "UPDATE artifact SET run=NULL WHERE run=?",
+            ):
                 db.execute(sql, (run["id"],))
         self.files.delete(self.files.list(f"run:{run['id']}"))
         return {"clientMutationId": None, "success": True}
@@ -355,8 +421,10 @@ class Nodes:
             raise Refused("run not found")
         names = input.get("files") or []
         names = [checked_name(name) for name in (names if isinstance(names, list) else [names])]
-        files = [{"name": name, "uploadUrl": self.url(self.files.sign("upload", owner=f"run:{run['id']}", name=name))}
-                 for name in names]
+        files = [
+            {"name": name, "uploadUrl": self.url(self.files.sign("upload", owner=f"run:{run['id']}", name=name))}
+            for name in names
+        ]
         return {"runID": self.runs.storage_id(run), "uploadHeaders": [], "files": files}
 
     def delete_files(self, input: dict, **_) -> dict:

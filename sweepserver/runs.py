@@ -53,9 +53,19 @@ class Runs:
 
     def upsert(self, project: int | None, given: dict):
         """UpsertBucket in all its shapes; answers (row, inserted). A null never erases."""
-        known = {"config": "config", "summaryMetrics": "summary", "displayName": "display_name", "notes": "notes",
-                 "description": "description", "groupName": "group", "jobType": "job_type", "host": "host",
-                 "jobProgram": "program", "commit": "commit", "sweep": "sweep"}
+        known = {
+            "config": "config",
+            "summaryMetrics": "summary",
+            "displayName": "display_name",
+            "notes": "notes",
+            "description": "description",
+            "groupName": "group",
+            "jobType": "job_type",
+            "host": "host",
+            "jobProgram": "program",
+            "commit": "commit",
+            "sweep": "sweep",
+        }
         columns = {known[key]: value for key, value in given.items() if key in known and value is not None}
         if given.get("tags") is not None:
             columns["tags"] = json.dumps(given["tags"])
@@ -73,8 +83,9 @@ class Runs:
             elif by_run and row["state"] != "running":  # an ended one resumed (then it has an id), synced or begun anew
                 if not given.get("id") and _is_program(given.get("jobProgram")):
                     self._forget_lines(row)
-                columns.update(state="running", heartbeat=now(), ended=None, stop_at=None, stop_why=None, stop_sent=0,
-                               preempting=0)
+                columns.update(
+                    state="running", heartbeat=now(), ended=None, stop_at=None, stop_why=None, stop_sent=0, preempting=0
+                )
             if columns.get("display_name") == "":
                 del columns["display_name"]
             self.store.update("run", row["id"], **columns)
@@ -115,8 +126,14 @@ class Runs:
 
     def _goes_back(self, run, idx: int, step: int) -> bool:
         """Whether the history's next line, `idx` with this step, is not above its last step."""
-        return bool(self.store.value("SELECT step>=? FROM line WHERE run=? AND stream='history' AND idx<? "
-                                     "ORDER BY idx DESC LIMIT 1", step, run["id"], idx))
+        return bool(
+            self.store.value(
+                "SELECT step>=? FROM line WHERE run=? AND stream='history' AND idx<? ORDER BY idx DESC LIMIT 1",
+                step,
+                run["id"],
+                idx,
+            )
+        )
 
     def _unsaid(self, run, lines: list[tuple]) -> list[tuple]:
         """The lines without the first ones that are there already, under lower numbers: `wandb sync` sends anew what
@@ -124,25 +141,36 @@ class Runs:
         if not lines or not self._goes_back(run, *lines[0][2:4]):
             return lines
         steps = [line[3] for line in lines]
-        said = {(row["step"], _canonical(row["text"])) for row in self.store.all(
-            "SELECT step, text FROM line WHERE run=? AND stream='history' AND idx<? AND step BETWEEN ? AND ?",
-            run["id"], lines[0][2], min(steps), max(steps))}
+        said = {
+            (row["step"], _canonical(row["text"]))
+            for row in self.store.all(
+                "SELECT step, text FROM line WHERE run=? AND stream='history' AND idx<? AND step BETWEEN ? AND ?",
+                run["id"],
+                lines[0][2],
+                min(steps),
+                max(steps),
+            )
+        }
         return list(itertools.dropwhile(lambda line: (line[3], _canonical(line[4])) in said, lines))
 
     def _rewind(self, run, idx: int, step: int) -> None:
         """A run that goes back began anew under the same id while it counted as running (a resumed one goes on above
         its last step): what it had said from there on no longer holds."""
         with self.store.write() as db:
-            db.execute("DELETE FROM line WHERE run=? AND stream='history' AND idx<? AND step>=?",
-                       (run["id"], idx, step))
+            db.execute(
+                "DELETE FROM line WHERE run=? AND stream='history' AND idx<? AND step>=?", (run["id"], idx, step)
+            )
         self._metrics.pop(run["id"], None)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     def config(self, run) -> dict:
         """Flat config, without W&B's own entries."""
-        return {name: entry.get("value") if isinstance(entry, dict) and "value" in entry else entry
-                for name, entry in parsed(run["config"], {}).items() if name not in ("_wandb", "wandb_version")}
+        return {
+            name: entry.get("value") if isinstance(entry, dict) and "value" in entry else entry
+            for name, entry in parsed(run["config"], {}).items()
+            if name not in ("_wandb", "wandb_version")
+        }
 
     def summary(self, run) -> dict:
         return parsed(run["summary"], {})
@@ -159,16 +187,21 @@ class Runs:
 
     def tail(self, run, stream: str) -> list[str]:
         """The last line, [] where there is none."""
-        return [row["text"] for row in self.store.all("SELECT text FROM line WHERE run=? AND stream=? "
-                                                      "ORDER BY idx DESC LIMIT 1", run["id"], stream)]
+        return [
+            row["text"]
+            for row in self.store.all(
+                "SELECT text FROM line WHERE run=? AND stream=? ORDER BY idx DESC LIMIT 1", run["id"], stream
+            )
+        ]
 
     def metric(self, run, name: str) -> list:
         """The values that a run logged of one metric, in order. Each line is parsed once: a sweep's search asks for
         all of its runs again and again, under the one lock."""
         known = self._metrics.setdefault(run["id"], {})
         last, values = known.get(name, (-1, []))
-        for line in self.store.all("SELECT idx, text FROM line WHERE run=? AND stream='history' AND idx>? ORDER BY idx",
-                                   run["id"], last):
+        for line in self.store.all(
+            "SELECT idx, text FROM line WHERE run=? AND stream='history' AND idx>? ORDER BY idx", run["id"], last
+        ):
             last, row = line["idx"], parsed(line["text"])
             if isinstance(row, dict) and name in row:
                 values.append(row[name])
@@ -195,9 +228,13 @@ class Runs:
 
     def artifacts(self, run) -> list:
         """The versions that a run logged, with the name and type of their collections."""
-        return self.store.all("SELECT a.*, collection.name, collection.type FROM artifact a JOIN collection ON "
-                              "collection.id=a.collection WHERE a.state='COMMITTED' AND (a.run=? OR a.id IN (SELECT "
-                              "artifact FROM logged WHERE run=?)) ORDER BY a.id", run["id"], run["id"])
+        return self.store.all(
+            "SELECT a.*, collection.name, collection.type FROM artifact a JOIN collection ON "
+            "collection.id=a.collection WHERE a.state='COMMITTED' AND (a.run=? OR a.id IN (SELECT "
+            "artifact FROM logged WHERE run=?)) ORDER BY a.id",
+            run["id"],
+            run["id"],
+        )
 
     def history_keys(self, run) -> dict:
         kinds: dict[str, dict[str, int]] = {}
@@ -210,8 +247,13 @@ class Runs:
                 kind = "number" if isinstance(value, int | float) else ("string" if isinstance(value, str) else "map")
                 counts = kinds.setdefault(key, {})
                 counts[kind] = counts.get(kind, 0) + 1
-        keys = {key: {"typeCounts": [{"type": kind, "count": n} for kind, n in counts.items()],
-                      "previousValue": latest[key]} for key, counts in kinds.items()}
+        keys = {
+            key: {
+                "typeCounts": [{"type": kind, "count": n} for kind, n in counts.items()],
+                "previousValue": latest[key],
+            }
+            for key, counts in kinds.items()
+        }
         return {"lastStep": last, "sets": [], "keys": keys}
 
     def find(self, project: int, filters=None, order: str | None = None) -> list:
@@ -329,8 +371,10 @@ def _passes(value, wanted, name: str) -> bool:
         return _equal(value, wanted)
     wanted = dict(wanted)
     flags = wanted.pop("$options", "") if "$regex" in wanted else ""  # of the pattern beside it
-    return all(_found(operand, flags, value) if key == "$regex" else _operator(value, key, operand, name)
-               for key, operand in wanted.items())
+    return all(
+        _found(operand, flags, value) if key == "$regex" else _operator(value, key, operand, name)
+        for key, operand in wanted.items()
+    )
 
 
 def _found(pattern, flags, value) -> bool:

@@ -57,8 +57,15 @@ class Scheduler:
                 if search is None:
                     raise Refused("a new sweep needs a configuration")
                 sweep_id = _new_name()
-                self.store.insert("sweep", id=sweep_id, project=project, config=given["config"], created=now(),
-                                  state="PENDING", **columns)
+                self.store.insert(
+                    "sweep",
+                    id=sweep_id,
+                    project=project,
+                    config=given["config"],
+                    created=now(),
+                    state="PENDING",
+                    **columns,
+                )
                 if given.get("state"):
                     self._set_state(sweep_id, given["state"].upper())
                 self._adopt(sweep_id, project, search, parsed(given.get("priorRunsFilters")))
@@ -91,8 +98,10 @@ class Scheduler:
                 for run in self._live(sweep_id):
                     self.stop(run, "cancel")
             elif state == "RUNNING" and before in ("FINISHED", "CANCELED"):  # resumed: what failed gets a new chance
-                db.execute("UPDATE point SET status='again', losses=0 WHERE sweep=? AND status IN ('failed', 'lost')",
-                           (sweep_id,))
+                db.execute(
+                    "UPDATE point SET status='again', losses=0 WHERE sweep=? AND status IN ('failed', 'lost')",
+                    (sweep_id,),
+                )
 
     def _renumber(self, sweep_id: str, search: Search) -> None:
         """A changed grid keeps the points that it shares with the old one; the others leave the count."""
@@ -118,12 +127,19 @@ class Scheduler:
 
     def counts(self, sweep) -> dict:
         """What the sweep page says: total (None without an end), done, running, failed, lost, waiting."""
-        rows = self.store.all("SELECT status, COUNT(*) AS n FROM point WHERE sweep=? AND idx IS NOT NULL "
-                              "GROUP BY status", sweep["id"])
+        rows = self.store.all(
+            "SELECT status, COUNT(*) AS n FROM point WHERE sweep=? AND idx IS NOT NULL GROUP BY status", sweep["id"]
+        )
         by = {row["status"]: row["n"] for row in rows}
         total = parse_sweep(sweep["config"]).size
-        counts = {"total": total, "done": by.get("done", 0), "running": by.get("out", 0),
-                  "failed": by.get("failed", 0), "lost": by.get("lost", 0), "again": by.get("again", 0)}
+        counts = {
+            "total": total,
+            "done": by.get("done", 0),
+            "running": by.get("out", 0),
+            "failed": by.get("failed", 0),
+            "lost": by.get("lost", 0),
+            "again": by.get("again", 0),
+        }
         given = sum(by.get(status, 0) for status in ("done", "out", "failed", "lost"))
         counts["waiting"] = None if total is None else max(0, total - given)  # a run_cap may be lowered below `given`
         return counts
@@ -134,8 +150,9 @@ class Scheduler:
         if self.sweep(sweep_id) is None:
             raise Refused(f"sweep {sweep_id} not found")
         agent_id = secrets.token_hex(8)
-        self.store.insert("agent", id=agent_id, sweep=sweep_id, host=host or "", created=now(), heartbeat=now(),
-                          state="RUNNING")
+        self.store.insert(
+            "agent", id=agent_id, sweep=sweep_id, host=host or "", created=now(), heartbeat=now(), state="RUNNING"
+        )
         return agent_id
 
     def heartbeat(self, agent_id: str, alive: set[str]) -> list[dict]:
@@ -146,8 +163,9 @@ class Scheduler:
             if sweep is None:
                 raise Refused("agent or sweep not found", 404)
             self.store.update("agent", agent_id, heartbeat=now(), state="RUNNING")
-            mine = self.store.all("SELECT * FROM run WHERE agent=? AND state IN ('pending','running','crashed')",
-                                  agent_id)
+            mine = self.store.all(
+                "SELECT * FROM run WHERE agent=? AND state IN ('pending','running','crashed')", agent_id
+            )
             for run in mine:
                 if run["name"] in alive:
                     self.runs.touch(run)
@@ -186,21 +204,32 @@ class Scheduler:
         self.store.update("point", point["id"], status="out")
         name = _new_name()
         count = self.store.value("SELECT COUNT(*) FROM run WHERE sweep=?", sweep["id"])
-        self.runs.create(sweep["project"], name, state="pending", sweep=sweep["id"], agent=agent_id, point=point["id"],
-                         config=json.dumps(values), display_name=display_name(name, f"sweep-{count + 1}"))
+        self.runs.create(
+            sweep["project"],
+            name,
+            state="pending",
+            sweep=sweep["id"],
+            agent=agent_id,
+            point=point["id"],
+            config=json.dumps(values),
+            display_name=display_name(name, f"sweep-{count + 1}"),
+        )
         self.store.update("sweep", sweep["id"], state="RUNNING")
         program = str(search.config.get("program") or "")
         return [{"type": "run", "run_id": name, "program": program, "args": values}]
 
     def _next_point(self, sweep, search: Search):
         there = "AND idx IS NOT NULL" if search.method == "grid" else ""  # not what a changed grid no longer holds
-        point = self.store.one(f"SELECT * FROM point WHERE sweep=? AND status='again' {there} ORDER BY idx LIMIT 1",
-                               sweep["id"])
+        point = self.store.one(
+            f"SELECT * FROM point WHERE sweep=? AND status='again' {there} ORDER BY idx LIMIT 1", sweep["id"]
+        )
         if point:
             return point
         index, size = sweep["cursor"], search.size
-        if size is not None and self.store.value("SELECT COUNT(*) FROM point WHERE sweep=? AND idx IS NOT NULL",
-                                                 sweep["id"]) >= size:
+        if (
+            size is not None
+            and self.store.value("SELECT COUNT(*) FROM point WHERE sweep=? AND idx IS NOT NULL", sweep["id"]) >= size
+        ):
             return None
         while self.store.one("SELECT 1 FROM point WHERE sweep=? AND idx=?", sweep["id"], index):
             index += 1
@@ -318,13 +347,16 @@ class Scheduler:
         self.store.update("point", point["id"], status=status)
 
     def _settled_by_other(self, run) -> bool:
-        return self.store.one("SELECT 1 FROM run WHERE point=? AND id<>? AND state='finished'",
-                              run["point"], run["id"]) is not None
+        return (
+            self.store.one("SELECT 1 FROM run WHERE point=? AND id<>? AND state='finished'", run["point"], run["id"])
+            is not None
+        )
 
     def _others(self, run) -> list:
         """The other runs of the run's point that still go on."""
-        return self.store.all("SELECT * FROM run WHERE point=? AND id<>? AND state IN ('pending','running')",
-                              run["point"], run["id"])
+        return self.store.all(
+            "SELECT * FROM run WHERE point=? AND id<>? AND state IN ('pending','running')", run["point"], run["id"]
+        )
 
     def _finish_if_done(self, sweep_id: str) -> None:
         sweep = self.sweep(sweep_id)
@@ -339,7 +371,8 @@ class Scheduler:
         search = parse_sweep(sweep["config"])
         return search.target is not None and any(
             search.reached(dig(self.runs.summary(run), search.metric))
-            for run in self.store.all("SELECT summary FROM run WHERE sweep=?", sweep["id"]))
+            for run in self.store.all("SELECT summary FROM run WHERE sweep=?", sweep["id"])
+        )
 
     def _live(self, sweep_id: str):
         return self.store.all("SELECT * FROM run WHERE sweep=? AND state IN ('pending','running')", sweep_id)
@@ -365,8 +398,15 @@ class Scheduler:
         for run in self.store.all("SELECT * FROM run WHERE sweep=? ORDER BY id", sweep["id"]):
             state = "finished" if run["stop_why"] == "early" and run["state"] == "killed" else run["state"]
             history = [{search.metric: value} for value in self.runs.metric(run, search.metric)]
-            answer.append({"name": run["name"], "state": known.get(state, state), "config": parsed(run["config"], {}),
-                           "summary": parsed(run["summary"], {}), "history": history})
+            answer.append(
+                {
+                    "name": run["name"],
+                    "state": known.get(state, state),
+                    "config": parsed(run["config"], {}),
+                    "summary": parsed(run["summary"], {}),
+                    "history": history,
+                }
+            )
         return answer
 
 

@@ -180,13 +180,22 @@ def draw(spec: dict, rng: random.Random):
 LARGEST_EXPONENT = 690  # e to the power of it is within what a float can hold
 MOST_VALUES = 10**6  # of one parameter of a grid
 _RANGES = ("uniform", "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values")
-_PLAIN = {**dict.fromkeys(_RANGES, ("min", "max")), "normal": ("mu", "sigma"), "log_normal": ("mu", "sigma"),
-          "beta": ("a", "b")}
+_PLAIN = {
+    **dict.fromkeys(_RANGES, ("min", "max")),
+    "normal": ("mu", "sigma"),
+    "log_normal": ("mu", "sigma"),
+    "beta": ("a", "b"),
+}
 NEEDED = {"nested": "parameters", "constant": "value", "categorical": "values"}  # known by this key, named or not
 # What a parameter of each distribution may say beside `distribution`.
-KEYS = {"nested": ("parameters",), "constant": ("value",), "categorical": ("values", "probabilities"),
-        "int_uniform": ("min", "max"), **_PLAIN,
-        **{f"q_{kind}": (*keys, "q") for kind, keys in _PLAIN.items() if not kind.startswith("inv_")}}
+KEYS = {
+    "nested": ("parameters",),
+    "constant": ("value",),
+    "categorical": ("values", "probabilities"),
+    "int_uniform": ("min", "max"),
+    **_PLAIN,
+    **{f"q_{kind}": (*keys, "q") for kind, keys in _PLAIN.items() if not kind.startswith("inv_")},
+}
 
 
 def distribution(spec: dict) -> str:
@@ -205,6 +214,7 @@ def bayes_point(search: Search, runs: list[dict]) -> dict:
 
     Raises `BadSweep` where the package raises anything.
     """
+
     def point(run):
         return {name: entry.get("value") for name, entry in run["config"].items() if isinstance(entry, dict)}
 
@@ -224,9 +234,19 @@ def _library(function: str, wanted: str, search: Search, runs: list[dict]):
     if package is None:
         raise BadSweep(f"{wanted} needs the `sweeps` package beside the server: {INSTALL}")
     try:
-        return getattr(package, function)(search.config, [
-            package.SweepRun(name=run["name"], state=run["state"], config=run["config"], summaryMetrics=run["summary"],
-                             sampledHistory=run["history"]) for run in runs])
+        return getattr(package, function)(
+            search.config,
+            [
+                package.SweepRun(
+                    name=run["name"],
+                    state=run["state"],
+                    config=run["config"],
+                    summaryMetrics=run["summary"],
+                    sampledHistory=run["history"],
+                )
+                for run in runs
+            ],
+        )
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadSweep(f"{wanted}: the `sweeps` package cannot use this configuration ({reason})") from error
@@ -265,8 +285,10 @@ def _check_metric(config: dict) -> None:
     if early and (not isinstance(early, dict) or early.get("type") != "hyperband"):
         raise BadSweep("early_terminate.type: expected hyperband")
     if early:
-        first, last, cuts, eta = (early.get(key, default) for key, default in
-                                  (("min_iter", None), ("max_iter", None), ("s", None), ("eta", 3)))
+        first, last, cuts, eta = (
+            early.get(key, default)
+            for key, default in (("min_iter", None), ("max_iter", None), ("s", None), ("eta", 3))
+        )
         if not (number(first) and first >= 1 or number(last) and last >= 1 and number(cuts)):
             raise BadSweep("early_terminate: hyperband needs min_iter, or max_iter and s, as numbers from 1")
         if not (number(eta) and eta > 1):
@@ -318,8 +340,10 @@ def _check_numbers(kind: str, spec: dict, place: str) -> None:
         if kind.endswith("_values") and low <= 0:
             raise BadSweep(f"parameters.{place}.min: {kind} needs a number above 0")
         if kind.endswith("log_uniform") and max(-low, high) > LARGEST_EXPONENT:
-            raise BadSweep(f"parameters.{place}: {kind} takes exponents up to {LARGEST_EXPONENT}; {kind}_values takes "
-                           "the numbers themselves")
+            raise BadSweep(
+                f"parameters.{place}: {kind} takes exponents up to {LARGEST_EXPONENT}; {kind}_values takes "
+                "the numbers themselves"
+            )
     for key in ("mu", "sigma", "a", "b", "q"):
         if key in spec and not number(spec[key]):
             raise BadSweep(f"parameters.{place}.{key}: expected a number, got {spec[key]!r}")
@@ -343,8 +367,10 @@ def _check_draw(parameters: dict) -> None:
 
 
 def _constants(parameters: dict) -> dict:
-    return {name: _constants(spec["parameters"]) if "parameters" in spec else spec.get("value")
-            for name, spec in parameters.items()}
+    return {
+        name: _constants(spec["parameters"]) if "parameters" in spec else spec.get("value")
+        for name, spec in parameters.items()
+    }
 
 
 def _put(point: dict, path: tuple, value) -> None:

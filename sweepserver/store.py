@@ -71,8 +71,9 @@ class Store:
             for name, sql in fresh.execute("SELECT name, sql FROM sqlite_master WHERE type='table'").fetchall():
                 if self.value("SELECT sql FROM sqlite_master WHERE name=?", name) in (None, sql):
                     continue
-                here, there = ([column[1] for column in known.execute(f'PRAGMA table_info("{name}")')]
-                               for known in (db, fresh))
+                here, there = (
+                    [column[1] for column in known.execute(f'PRAGMA table_info("{name}")')] for known in (db, fresh)
+                )
                 shared = ", ".join(f'"{column}"' for column in here if column in there)
                 db.execute(f'ALTER TABLE "{name}" RENAME TO older')
                 db.execute(sql)

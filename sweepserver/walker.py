@@ -57,8 +57,11 @@ def execute(text: str, variables: Mapping, roots: Mapping[str, Mapping], operati
     if not operations:
         raise Refused("the document holds no operation", 400)
     operation = (named or operations)[0]
-    values = {v.variable.name.value: _literal(v.default_value, {}) for v in operation.variable_definitions or ()
-              if v.default_value is not None}
+    values = {
+        v.variable.name.value: _literal(v.default_value, {})
+        for v in operation.variable_definitions or ()
+        if v.default_value is not None
+    }
     values.update(variables or {})
     walk = _Walk(values, fragments)
     return walk.roots(operation.selection_set, roots.get(operation.operation.value, {}))

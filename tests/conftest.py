@@ -19,9 +19,7 @@ def no_weights_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
 
 
-def write_images(
-    root: Path, classes: int = 3, train: int = 16, test: int = 4, size: int = 32
-) -> dict[str, np.ndarray]:
+def write_images(root: Path, classes: int = 3, train: int = 16, test: int = 4, size: int = 32) -> dict[str, np.ndarray]:
     """PNGs in root/train/<class>/ and root/test/<class>/, class i brighter than class i-1; returns path → pixels."""
     from PIL import Image
 

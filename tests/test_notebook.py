@@ -172,8 +172,14 @@ def test_the_notebook_of_a_sweep_without_a_measured_run_says_so(monkeypatch, cap
 
     import sweepresults
 
-    run = {"id": "r", "name": "r", "state": "finished", "created_at": "2026-01-01", "config": {"epochs": 1},
-           "summary": {"val_acc": 90.0}}  # of train.py
+    run = {
+        "id": "r",
+        "name": "r",
+        "state": "finished",
+        "created_at": "2026-01-01",
+        "config": {"epochs": 1},
+        "summary": {"val_acc": 90.0},
+    }  # of train.py
     read = dict(path="e/p/s", name="s", state="RUNNING", url="u", config={"method": "random"}, runs=[run], tables={})
     monkeypatch.setattr(sweepresults, "fetch_sweep", lambda *_, **__: sweepresults.sweep_results(read))
     monkeypatch.setattr(plotly.io.renderers, "default", None)  # set back at the end

@@ -12,9 +12,18 @@ from tests.sweepserver_helpers import Direct
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--enable-unsafe-swiftshader",
-         "--window-size=1300,1600")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--enable-unsafe-swiftshader",
+    "--window-size=1300,1600",
+)
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with chromedriver on this machine")
 
@@ -30,8 +39,9 @@ class Browser:
     """A session of chromedriver over its HTTP protocol (W3C WebDriver), without further packages."""
 
     def __init__(self, folder):
-        self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                       text=True)
+        self.driver = subprocess.Popen(
+            [DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         port = None
         while port is None:
             line = self.driver.stdout.readline()
@@ -100,10 +110,14 @@ def sweep(server):
         run, params = command["run_id"], {key: entry["value"] for key, entry in command["args"].items()}
         direct.begin(run, name, "web")
         rows = [json.dumps({"_step": step, "loss": 1 / (step + 1)}) for step in range(5)]
-        files = {"wandb-history.jsonl": {"offset": 0, "content": rows},
-                 "output.log": {"offset": 0, "content": ["<img src=x onerror=window.hacked=1>"]},
-                 "wandb-summary.json": {"offset": 0, "content": [json.dumps(
-                     {"score": params["w"] + params["a"] / 100, "size_mb": params["w"] / 4})]}}
+        files = {
+            "wandb-history.jsonl": {"offset": 0, "content": rows},
+            "output.log": {"offset": 0, "content": ["<img src=x onerror=window.hacked=1>"]},
+            "wandb-summary.json": {
+                "offset": 0,
+                "content": [json.dumps({"score": params["w"] + params["a"] / 100, "size_mb": params["w"] / 4})],
+            },
+        }
         direct.stream(run, "web", files=files)
         if i < 11:
             direct.finish(run, "web", exit_code=int(i == 5))
@@ -119,7 +133,8 @@ def test_the_pages_draw_sort_and_refresh(server, browser, sweep):
     browser.wait("document.querySelectorAll('.js-plotly-plot').length == 3")
     assert browser.run("document.querySelector('h1').textContent") == "<b>bits</b>"
     assert browser.run("document.querySelector('.facts').innerText.replace(/\\s+/g, ' ')").startswith(
-        "Done 10 of 12 Running 1 Failed 1")
+        "Done 10 of 12 Running 1 Failed 1"
+    )
     heat = browser.run("document.querySelector('[data-figure=heatmap]').data[0].z.flat()")
     assert len([value for value in heat if value is not None]) == 6  # three values of w times two of "<i>p</i>"
     assert browser.run("document.querySelector('[data-figure=pareto]').data[1].x") == [0.5, 1, 2]

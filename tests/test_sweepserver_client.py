@@ -185,12 +185,15 @@ def descendants(pid: int) -> list[int]:
 
 def killed_run(server, folder):
     """The program kills itself with SIGKILL the first time that it gets a point; its agent lives on."""
-    dies = PROGRAM.replace("run.name =", """import os, pathlib, signal
+    dies = PROGRAM.replace(
+        "run.name =",
+        """import os, pathlib, signal
 flag = pathlib.Path(f"died-{a}-{b}")
 if a == 1 and not flag.exists():
     flag.touch()
     os.kill(os.getpid(), signal.SIGKILL)
-run.name =""")
+run.name =""",
+    )
     (folder / "program.py").write_text(dies)
     path = create_sweep(server, folder, SWEEP, "crash")
     finish([agent(server, folder, path), agent(server, folder, path)])
@@ -415,9 +418,22 @@ def refused(server, folder):
     return wandb(server, folder, "sweep", "--project", "p", "sweep.yaml")
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (
-    killed_server, killed_agent, controlled, read_back, killed_run, in_process, media, versions, twice,
-    wrong_key, refused)}
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        killed_server,
+        killed_agent,
+        controlled,
+        read_back,
+        killed_run,
+        in_process,
+        media,
+        versions,
+        twice,
+        wrong_key,
+        refused,
+    )
+}
 
 # -- what they must have found ----------------------------------------------------------------------------------------
 
@@ -457,8 +473,9 @@ def test_a_version_outlives_the_others_and_holds_what_it_adds_to(found):
 def test_references_are_downloaded_and_what_an_artifact_cannot_be_is_refused(found):
     seen = found("versions")
     assert seen["far"] == [{"far.txt": "far", "near": "near", "two": "2"}, 3]
-    assert [word in line for word, line in zip(("ttl", "'v7'", "upsert_artifact"), seen["refused"], strict=True)] == \
-        [True] * 3
+    assert [word in line for word, line in zip(("ttl", "'v7'", "upsert_artifact"), seen["refused"], strict=True)] == [
+        True
+    ] * 3
 
 
 def test_a_run_begun_anew_under_its_id_has_one_history_and_nested_metrics_have_dotted_names(found):
@@ -477,8 +494,7 @@ def test_a_sweep_of_two_agents_is_read_back_through_the_api(found):
     assert (seen["name"], seen["state"], seen["expected"], seen["best"]) == ("two by two", "FINISHED", 4, "a2b20")
     assert seen["acc"] == {"max": 0.9} and seen["big"] == "Infinity"
     assert [row["acc"] for row in seen["history"]] == pytest.approx([0.1, 0.9, 0.5])
-    assert [(row["odd"], row["big"]) for row in seen["scan"]] == [(0, "Infinity"), ("NaN", "Infinity"),
-                                                                  (2, "Infinity")]
+    assert [(row["odd"], row["big"]) for row in seen["scan"]] == [(0, "Infinity"), ("NaN", "Infinity"), (2, "Infinity")]
     assert (seen["frame"], seen["last"]) == (4, 3)
     assert seen["bytes"] == [2, 20] and seen["metadata"] == {"a": 2} and seen["version"] == "v0"
     assert seen["table"] == [["conv", 20], ["fc", 20]]
@@ -530,8 +546,11 @@ def test_sweep_and_run_pages_are_where_the_client_says(found, server):
     direct = Direct(server.url, server.key)
     entity, project, sweep = path.split("/")
     run = direct.runs(sweep, project)[0]["name"]
-    for address, word in ((f"/{entity}/{project}", sweep), (f"/{entity}/{project}/sweeps/{sweep}", "two by two"),
-                          (f"/{entity}/{project}/runs/{run}", "wandb-metadata.json")):
+    for address, word in (
+        (f"/{entity}/{project}", sweep),
+        (f"/{entity}/{project}/sweeps/{sweep}", "two by two"),
+        (f"/{entity}/{project}/runs/{run}", "wandb-metadata.json"),
+    ):
         status, _, body = direct.request("GET", address)
         assert status == 200 and word in body.decode()
     data = json.loads(direct.request("GET", f"/{entity}/{project}/sweeps/{sweep}/data")[2])

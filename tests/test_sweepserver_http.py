@@ -92,8 +92,11 @@ def test_a_run_whose_own_program_failed_is_not_tried_again_but_an_interrupted_on
         direct.begin(command["run_id"], sweep)
         direct.finish(command["run_id"], exit_code=exit_code)
     assert direct.beat(agent) == [{"type": "exit"}]
-    assert [(r["params"]["a"], r["state"]) for r in direct.runs(sweep)] == [(0, "failed"), (1, "killed"),
-                                                                            (1, "finished")]
+    assert [(r["params"]["a"], r["state"]) for r in direct.runs(sweep)] == [
+        (0, "failed"),
+        (1, "killed"),
+        (1, "finished"),
+    ]
 
 
 def test_a_preempted_run_comes_back_and_costs_no_retry(direct):
@@ -186,8 +189,11 @@ def done(direct, agent, sweep) -> int:
 
 
 def update(direct, sweep, config) -> None:
-    direct.ask("mutation U($id: ID, $c: String) { upsertSweep(input: {id: $id, config: $c}) { sweep { name } } }",
-               id=sweep, c=config)
+    direct.ask(
+        "mutation U($id: ID, $c: String) { upsertSweep(input: {id: $id, config: $c}) { sweep { name } } }",
+        id=sweep,
+        c=config,
+    )
 
 
 def test_an_updated_random_sweep_repeats_no_draw_and_a_lower_run_cap_ends_it(direct):
@@ -228,8 +234,10 @@ def test_run_cap_and_random_points_and_a_deleted_run(direct):
 
 @pytest.mark.skipif(not __import__("sweepserver.search").search.library(), reason="the sweeps package is not installed")
 def test_bayes_and_hyperband_through_the_sweeps_package(direct):
-    config = "method: bayes\nmetric: {name: loss, goal: minimize}\nearly_terminate: {type: hyperband, min_iter: 2, " \
-             "eta: 2, strict: true}\nparameters: {x: {min: 0.0, max: 1.0}}"
+    config = (
+        "method: bayes\nmetric: {name: loss, goal: minimize}\nearly_terminate: {type: hyperband, min_iter: 2, "
+        "eta: 2, strict: true}\nparameters: {x: {min: 0.0, max: 1.0}}"
+    )
     sweep = direct.sweep(config)
     agents = [direct.agent(sweep) for _ in range(4)]
     runs = []
@@ -251,12 +259,13 @@ def test_bayes_and_hyperband_through_the_sweeps_package(direct):
 def test_a_bad_configuration_and_an_unknown_sweep_say_so(direct):
     answer = direct.graphql("mutation U($c: String) { upsertSweep(input: {config: $c}) { sweep { name } } }", c="x: 1")
     assert answer["status"] == 200 and "at least one parameter" in answer["errors"][0]["message"]
-    query = "mutation U($c: String) { upsertSweep(input: {config: $c, projectName: \"refused\"}) { sweep { name } } }"
-    assert direct.graphql(query, c="x: 1")["errors"] and direct.ask("{ project(name: \"refused\") { id } }") == {
-        "project": None}
-    query = "query SweepWithRuns($specs: [JSONString!]!) { project(name: \"p\") { sweep(sweepName: \"nope\") { id } } }"
+    query = 'mutation U($c: String) { upsertSweep(input: {config: $c, projectName: "refused"}) { sweep { name } } }'
+    assert direct.graphql(query, c="x: 1")["errors"] and direct.ask('{ project(name: "refused") { id } }') == {
+        "project": None
+    }
+    query = 'query SweepWithRuns($specs: [JSONString!]!) { project(name: "p") { sweep(sweepName: "nope") { id } } }'
     assert direct.ask(query, specs="{}") == {"project": {"sweep": None}}
-    heartbeat = "mutation { agentHeartbeat(input: {id: \"nobody\"}) { commands } }"
+    heartbeat = 'mutation { agentHeartbeat(input: {id: "nobody"}) { commands } }'
     assert direct.graphql(heartbeat)["status"] == 404  # the client reads this as: the sweep is gone
 
 
@@ -298,8 +307,12 @@ def test_the_clients_telemetry_is_told_that_it_is_not_wanted(direct):
     ("GET", "/local/p/sweeps/x/data"), ("PUT", "/upload/a/b"),
 ])  # fmt: skip
 def test_every_request_without_the_key_is_refused(direct, method, path):
-    for headers in ({}, {"Authorization": "Basic YXBpOndyb25n"}, {"Authorization": "Bearer x"},
-                    {"Authorization": "Basic ###"}):
+    for headers in (
+        {},
+        {"Authorization": "Basic YXBpOndyb25n"},
+        {"Authorization": "Bearer x"},
+        {"Authorization": "Basic ###"},
+    ):
         assert direct.request(method, path, b"{}" if method != "GET" else None, headers)[0] == 401
 
 
@@ -325,8 +338,10 @@ def test_login_leads_nowhere_else(direct, server, target):
 
 
 def upload_address(direct, run: str, name: str) -> dict:
-    query = "mutation C($r: String!, $f: [String!]!) { createRunFiles(input: {entityName: \"local\", projectName: " \
-            "\"p\", runName: $r, files: $f}) { runID uploadHeaders files { name uploadUrl } } }"
+    query = (
+        'mutation C($r: String!, $f: [String!]!) { createRunFiles(input: {entityName: "local", projectName: '
+        '"p", runName: $r, files: $f}) { runID uploadHeaders files { name uploadUrl } } }'
+    )
     return direct.graphql(query, r=run, f=[name])
 
 
@@ -341,8 +356,14 @@ def test_files_go_up_and_come_back_and_nothing_else_can_be_reached(direct, serve
     status, headers, body = direct.request("GET", "/files/local/p/files/media/x.html")
     assert (status, body) == (200, b"<script>1</script>")
     assert headers["content-disposition"].startswith("attachment") and headers["content-security-policy"] == "sandbox"
-    for path in ("/files/local/p/files/../../../../key", "/files/local/p/files/..%2f..%2fkey", "/static/../app.py",
-                 "/static/%2e%2e/app.py", "/static/..%2fapp.py", "/download/..%2f..%2fkey"):
+    for path in (
+        "/files/local/p/files/../../../../key",
+        "/files/local/p/files/..%2f..%2fkey",
+        "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/static/..%2fapp.py",
+        "/download/..%2f..%2fkey",
+    ):
         assert direct.request("GET", path)[0] in (401, 404)
 
 
@@ -350,15 +371,29 @@ def test_bodies_are_bounded(direct):
     assert direct.request("POST", "/graphql", b" " * (64 * 2**20 + 1))[0] == 413
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"nonsense", b'{"query": 3}', b'{"query": "{ x"}', b"\xff\xfe",
-                                  b'{"query": "{ viewer { ...F } } fragment F on User { id ...F }"}',
-                                  b'{"files": []}', b'{"files": {"output.log": 3}}', b'{"exitcode": "x"}',
-                                  b'{"query": "{ project { run { id } } }", "variables": [1]}',
-                                  b'{"query": "mutation { createAgent(input: 3) { agent { id } } }"}',
-                                  b'{"files": ' + b"[" * 100000, b'{"exitcode": 1e999}',
-                                  b'{"files": {"wandb-summary.json": {"content": {"a": 1}}}}',
-                                  b'{"files": {"output.log": {"content": ["x"], "offset": 9223372036854775808}}}',
-                                  b'{"files": {"wandb-history.jsonl": {"content": ["{\\"_step\\": [1]}"]}}}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"nonsense",
+        b'{"query": 3}',
+        b'{"query": "{ x"}',
+        b"\xff\xfe",
+        b'{"query": "{ viewer { ...F } } fragment F on User { id ...F }"}',
+        b'{"files": []}',
+        b'{"files": {"output.log": 3}}',
+        b'{"exitcode": "x"}',
+        b'{"query": "{ project { run { id } } }", "variables": [1]}',
+        b'{"query": "mutation { createAgent(input: 3) { agent { id } } }"}',
+        b'{"files": ' + b"[" * 100000,
+        b'{"exitcode": 1e999}',
+        b'{"files": {"wandb-summary.json": {"content": {"a": 1}}}}',
+        b'{"files": {"output.log": {"content": ["x"], "offset": 9223372036854775808}}}',
+        b'{"files": {"wandb-history.jsonl": {"content": ["{\\"_step\\": [1]}"]}}}',
+    ],
+)
 def test_nonsense_never_gets_a_5xx(direct, body):
     status, _, text = direct.request("POST", "/graphql", body)
     assert status in (200, 400) and json.loads(text)["errors"]
@@ -382,13 +417,23 @@ def test_nonsense_never_gets_a_5xx(direct, body):
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused_in_one_line(direct, field, given, word):
     create = "mutation C($i: CreateArtifactInput!) { createArtifact(input: $i) { artifact { id } } }"
-    whole = {"entityName": "", "projectName": "p", "artifactCollectionName": "refused", "artifactTypeName": "t",
-             "digest": "d"}  # no entity: as `wandb sync` asks
+    whole = {
+        "entityName": "",
+        "projectName": "p",
+        "artifactCollectionName": "refused",
+        "artifactTypeName": "t",
+        "digest": "d",
+    }  # no entity: as `wandb sync` asks
     key = direct.ask(create, i={**whole, "ttlDurationSeconds": -1})["createArtifact"]["artifact"]["id"]
-    inputs = {"createArtifact": whole, "updateArtifact": {"artifactID": key}, "addAliases": {"artifactID": key},
-              "upsertBucket": {"name": "refused", "modelName": "p"}}
-    answer = direct.graphql(f"mutation M($i: I!) {{ {field}(input: $i) {{ __typename }} }}",
-                            i={**inputs.get(field, {}), **given})
+    inputs = {
+        "createArtifact": whole,
+        "updateArtifact": {"artifactID": key},
+        "addAliases": {"artifactID": key},
+        "upsertBucket": {"name": "refused", "modelName": "p"},
+    }
+    answer = direct.graphql(
+        f"mutation M($i: I!) {{ {field}(input: $i) {{ __typename }} }}", i={**inputs.get(field, {}), **given}
+    )
     (error,) = answer["errors"]
     assert word in error["message"] and "\n" not in error["message"] and answer["data"] == {field: None}
 
@@ -400,8 +445,10 @@ def test_what_the_client_asks_of_a_server_before_it_goes_on(direct):
     direct.begin("dotted")
     url = upload_address(direct, "dotted", "sub/a.txt")["data"]["createRunFiles"]["files"][0]["uploadUrl"]
     assert direct.request("PUT", url, b"here", {})[0] == 200
-    query = "{ project(name: \"p\") { run(name: \"dotted\") { files(names: [\"./sub/a.txt\"]) { edges { node { " \
-            "name sizeBytes } } } } } }"
+    query = (
+        '{ project(name: "p") { run(name: "dotted") { files(names: ["./sub/a.txt"]) { edges { node { '
+        "name sizeBytes } } } } } }"
+    )
     (edge,) = direct.ask(query)["project"]["run"]["files"]["edges"]
     assert edge["node"] == {"name": "sub/a.txt", "sizeBytes": 4}
 
@@ -414,20 +461,27 @@ def test_an_unknown_operation_is_an_error_with_status_200(direct):
 
 def test_text_from_a_run_is_escaped_and_nan_is_a_string(direct):
     evil = "<script>alert(1)</script>"
-    direct.ask("mutation U($c: JSONString, $n: String) { upsertBucket(input: {name: \"evil\", modelName: \"p\", "
-               "displayName: $n, config: $c, host: $n, notes: $n, groupName: $n, jobProgram: $n}) { bucket { id } } }",
-               n=evil, c=json.dumps({evil: {"value": evil}}))
-    direct.stream("evil", files={
-        "output.log": {"offset": 0, "content": [f"ERROR {evil}"]},
-        "wandb-summary.json": {"offset": 0, "content": [f'{{"{evil}": "{evil}", "x": NaN, "y": -Infinity}}']},
-        "wandb-history.jsonl": {"offset": 0, "content": [f'{{"_step": 0, "{evil}": 1.0, "x": NaN}}']}})
+    direct.ask(
+        'mutation U($c: JSONString, $n: String) { upsertBucket(input: {name: "evil", modelName: "p", '
+        "displayName: $n, config: $c, host: $n, notes: $n, groupName: $n, jobProgram: $n}) { bucket { id } } }",
+        n=evil,
+        c=json.dumps({evil: {"value": evil}}),
+    )
+    direct.stream(
+        "evil",
+        files={
+            "output.log": {"offset": 0, "content": [f"ERROR {evil}"]},
+            "wandb-summary.json": {"offset": 0, "content": [f'{{"{evil}": "{evil}", "x": NaN, "y": -Infinity}}']},
+            "wandb-history.jsonl": {"offset": 0, "content": [f'{{"_step": 0, "{evil}": 1.0, "x": NaN}}']},
+        },
+    )
     for path in ("/local/p", "/local/p/runs/evil"):
         status, headers, body = direct.request("GET", path)
         assert status == 200 and b"<script>alert" not in body and b"&lt;script&gt;alert" in body
         assert "script-src 'self'" in headers["content-security-policy"]
     data = json.loads(direct.request("GET", "/local/p/runs/evil/data")[2])
     assert "<script>alert" not in "".join(data["parts"].values()) and "<script" not in json.dumps(data["curves"][evil])
-    query = "{ project(name: \"p\") { run(name: \"evil\") { summaryMetrics history(samples: 9) } } }"
+    query = '{ project(name: "p") { run(name: "evil") { summaryMetrics history(samples: 9) } } }'
     run = direct.ask(query)["project"]["run"]
     summary = json.loads(run["summaryMetrics"], parse_constant=lambda text: pytest.fail(f"bare {text}"))
     assert (summary["x"], summary["y"], json.loads(run["history"][0])["x"]) == ("NaN", "-Infinity", "NaN")
@@ -437,22 +491,28 @@ def test_text_from_a_run_is_escaped_and_nan_is_a_string(direct):
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "sweepserver", *flags], cwd=ROOT, capture_output=True, text=True,
-                          timeout=30)
+    return subprocess.run(
+        [sys.executable, "-m", "sweepserver", *flags], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
 
 
 def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
     folder = Path(server_folder(server))
     (tmp_path / "file").write_text("")
     port = server.url.rsplit(":", 1)[1]
-    for flags, word in [(("--port", port, "--data-dir", str(tmp_path / "d")), "--port"),
-                        (("--port", "0", "--data-dir", str(tmp_path / "file" / "x")), "--data-dir"),
-                        (("--port", "0", "--data-dir", str(folder)), "in use"),
-                        (("--port", "70000", "--data-dir", str(tmp_path / "d")), "--port"),
-                        (("--host", "nowhere.invalid", "--data-dir", str(tmp_path / "d")), "--host"),
-                        (("--port", "x"), "--port"), (("--nonsense",), "--nonsense"), (("start",), "start"),
-                        (("--agent-timeout", "nan"), "--agent-timeout"), (("env", "--wait", "nan"), "--wait"),
-                        (("env", "--data-dir", str(tmp_path / "none")), "no server runs")]:
+    for flags, word in [
+        (("--port", port, "--data-dir", str(tmp_path / "d")), "--port"),
+        (("--port", "0", "--data-dir", str(tmp_path / "file" / "x")), "--data-dir"),
+        (("--port", "0", "--data-dir", str(folder)), "in use"),
+        (("--port", "70000", "--data-dir", str(tmp_path / "d")), "--port"),
+        (("--host", "nowhere.invalid", "--data-dir", str(tmp_path / "d")), "--host"),
+        (("--port", "x"), "--port"),
+        (("--nonsense",), "--nonsense"),
+        (("start",), "start"),
+        (("--agent-timeout", "nan"), "--agent-timeout"),
+        (("env", "--wait", "nan"), "--wait"),
+        (("env", "--data-dir", str(tmp_path / "none")), "no server runs"),
+    ]:
         done = command(*flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("error: ") and word in done.stderr

@@ -51,8 +51,11 @@ def test_grid_order_equals_the_sweeps_package():
 
 
 def test_a_random_point_depends_on_its_number_alone():
-    parameters = {"lr": {"min": 1e-5, "max": 0.1, "distribution": "log_uniform_values"}, "n": {"min": 1, "max": 9},
-                  "opt": {"parameters": {"m": {"values": ["a", "b"]}}}}
+    parameters = {
+        "lr": {"min": 1e-5, "max": 0.1, "distribution": "log_uniform_values"},
+        "n": {"min": 1, "max": 9},
+        "opt": {"parameters": {"m": {"values": ["a", "b"]}}},
+    }
     assert random_point(parameters, random.Random("s:3")) == random_point(parameters, random.Random("s:3"))
     assert random_point(parameters, random.Random("s:3")) != random_point(parameters, random.Random("s:4"))
 
@@ -146,17 +149,36 @@ def test_what_the_sweeps_package_cannot_use_is_refused_when_the_sweep_is_created
 
 @with_sweeps
 def test_bayes_leaves_out_runs_whose_categorical_value_is_no_longer_in_the_sweep():
-    search = parse_sweep("method: bayes\nmetric: {name: x}\nparameters: {a: {values: [u, v]}, n: {parameters: "
-                         "{b: {min: 0.0, max: 1.0}}}}")
-    runs = [{"name": f"r{i}", "state": "finished", "config": {"a": {"value": a}, "n": {"value": {"b": 0.1 * i}}},
-             "summary": {"x": i}, "history": []} for i, a in enumerate("uvgu")]
+    search = parse_sweep(
+        "method: bayes\nmetric: {name: x}\nparameters: {a: {values: [u, v]}, n: {parameters: "
+        "{b: {min: 0.0, max: 1.0}}}}"
+    )
+    runs = [
+        {
+            "name": f"r{i}",
+            "state": "finished",
+            "config": {"a": {"value": a}, "n": {"value": {"b": 0.1 * i}}},
+            "summary": {"x": i},
+            "history": [],
+        }
+        for i, a in enumerate("uvgu")
+    ]
     assert bayes_point(search, runs)["a"] in ("u", "v")
 
 
 # -- GraphQL ----------------------------------------------------------------------------------------------------------
 
-ROOTS = {"query": {"thing": lambda id=None, **k: {"__typename": "Run", "id": id, "more": lambda **k: [{"n": 1}, None],
-                                                "given": lambda **kw: sorted(kw.items()), "extra": k}}}
+ROOTS = {
+    "query": {
+        "thing": lambda id=None, **k: {
+            "__typename": "Run",
+            "id": id,
+            "more": lambda **k: [{"n": 1}, None],
+            "given": lambda **kw: sorted(kw.items()),
+            "extra": k,
+        }
+    }
+}
 
 
 @pytest.mark.parametrize("query, variables, want", [
@@ -193,9 +215,15 @@ def runs(tmp_path):
     states = [("finished", 0.5), ("finished", float("nan")), ("failed", None), ("running", 0.9)]
     for i, (state, acc) in enumerate(states):
         summary = {"val/acc": acc, "deep": {"max": i}} if acc is not None else {}
-        runs.create(project, f"r{i}", state=state, sweep="s" if i else None, tags=json.dumps([f"t{i}"]),
-                    config=json.dumps({"bits": {"value": i}, "opt": {"value": {"lr": i / 10}}}),
-                    summary=json.dumps(summary))
+        runs.create(
+            project,
+            f"r{i}",
+            state=state,
+            sweep="s" if i else None,
+            tags=json.dumps([f"t{i}"]),
+            config=json.dumps({"bits": {"value": i}, "opt": {"value": {"lr": i / 10}}}),
+            summary=json.dumps(summary),
+        )
     return runs
 
 
@@ -224,8 +252,11 @@ def test_a_filter_that_is_not_known_is_refused(runs, filters, word):
     assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("entity, name", [("e", name) for name in ("a/b", "a\\b", "a#b", "a?b", "50%", "a:b", "..", " ",
-                                                                   "a\nb", "n" * 129)] + [("", "p"), ("e/f", "p")])
+@pytest.mark.parametrize(
+    "entity, name",
+    [("e", name) for name in ("a/b", "a\\b", "a#b", "a?b", "50%", "a:b", "..", " ", "a\nb", "n" * 129)]
+    + [("", "p"), ("e/f", "p")],
+)
 def test_a_project_that_no_address_leads_to_is_refused(runs, entity, name):
     with pytest.raises(walker.Refused, match="expected at most 128 letters"):
         runs.project(entity, name, create=True)
@@ -246,8 +277,10 @@ def test_streams_are_stored_by_offset_so_that_a_retry_is_harmless(runs):
     for _ in range(2):
         runs.stream(run, {"wandb-history.jsonl": part, "output.log": {"offset": 0, "content": ["one"]}})
     runs.stream(run, {"output.log": {"offset": 0, "content": ["two"]}})
-    assert runs.history(run, "history", 10, None, None) == ['{"_step": 0, "x": "NaN"}',
-                                                            '{"_step": 1, "x": 2.5, "y": "Infinity"}']
+    assert runs.history(run, "history", 10, None, None) == [
+        '{"_step": 0, "x": "NaN"}',
+        '{"_step": 1, "x": 2.5, "y": "Infinity"}',
+    ]
     assert runs.texts(run, "log") == ["two"]
     assert runs.sampled(run, {"keys": ["_step", "y"]}) == [{"_step": 1, "y": "Infinity"}]
     assert runs.sampled(run, {"keys": ["x"], "minStep": 1, "maxStep": 1}) == [{"x": 2.5}]
@@ -261,8 +294,10 @@ def test_nested_metrics_are_kept_under_dotted_names_and_media_whole(runs):
     runs.stream(run, {"wandb-history.jsonl": {"offset": 0, "content": [json.dumps(row)]}})
     assert runs.rows(run, "history") == [{"_step": 0, "a.b": 1.5, "a.c.d": 2, "a.c.p": image, "e": {}}]
     assert runs.sampled(run, {"keys": ["a.b"]}) == [{"a.b": 1.5}]
-    assert runs.history_keys(run)["keys"]["a.c.d"] == {"typeCounts": [{"type": "number", "count": 1}],
-                                                       "previousValue": 2}
+    assert runs.history_keys(run)["keys"]["a.c.d"] == {
+        "typeCounts": [{"type": "number", "count": 1}],
+        "previousValue": 2,
+    }
 
 
 @pytest.mark.parametrize("given, rows, state", [
@@ -357,8 +392,10 @@ def again(scheduler, run):
 def test_two_prior_runs_of_a_point_count_once_and_a_full_disk_is_not_hidden(scheduler, monkeypatch):
     for name in ("r0", "r1"):
         scheduler.runs.upsert(1, {"name": name, "config": json.dumps({"a": {"value": 1}})})
-    given = {"config": "method: grid\nparameters: {a: {values: [0, 1, 2]}}",
-             "priorRunsFilters": json.dumps({"name": {"$in": ["r0", "r1"]}})}
+    given = {
+        "config": "method: grid\nparameters: {a: {values: [0, 1, 2]}}",
+        "priorRunsFilters": json.dumps({"name": {"$in": ["r0", "r1"]}}),
+    }
     sweep = scheduler.upsert_sweep(1, given)
     assert scheduler.counts(scheduler.sweep(sweep))["done"] == 1
     insert = scheduler.store.insert
@@ -411,8 +448,11 @@ def test_a_deleted_crashed_run_does_not_give_a_point_out_that_another_is_at(sche
 
 @pytest.mark.parametrize("goal, short, enough", [("minimize", 0.2, 0.1), ("maximize", 0.0, 0.3)])
 def test_no_run_begins_once_one_reached_the_target(scheduler, goal, short, enough):
-    sweep = sweep_of(scheduler, f"method: grid\nmetric: {{name: val.x, goal: {goal}, target: 0.1}}\n"
-                                "parameters: {a: {values: [0, 1, 2, 3]}}")
+    sweep = sweep_of(
+        scheduler,
+        f"method: grid\nmetric: {{name: val.x, goal: {goal}, target: 0.1}}\n"
+        "parameters: {a: {values: [0, 1, 2, 3]}}",
+    )
 
     def report(run, value):
         scheduler.runs.upsert(1, {"name": run["name"], "summaryMetrics": json.dumps({"val": {"x": value}})})
@@ -443,8 +483,10 @@ class Package:
 
 def test_a_failing_sweeps_package_stops_no_run_and_costs_no_heartbeat(scheduler, monkeypatch):
     monkeypatch.setattr("sweepserver.search.library", lambda: Package)
-    config = "method: bayes\nmetric: {name: x}\nearly_terminate: {type: hyperband, min_iter: 1}\n" \
-             "parameters: {a: {min: 0.0, max: 0.5}}"
+    config = (
+        "method: bayes\nmetric: {name: x}\nearly_terminate: {type: hyperband, min_iter: 1}\n"
+        "parameters: {a: {min: 0.0, max: 0.5}}"
+    )
     sweep = sweep_of(scheduler, f"{config}  # {random.random()}")
     runs = [hand_out(scheduler, sweep) for _ in range(2)]
     values = [scheduler.runs.config(run)["a"] for run in runs]
@@ -492,8 +534,17 @@ def test_the_number_of_a_deleted_run_is_not_given_out_again(runs):
 
 def status(served, method: str, path: str, body: bytes = b"", host: bytes = b"x") -> int:
     """What the application answers, without a network."""
-    scope = {"type": "http", "root_path": "", "query_string": b"", "scheme": "http", "method": method, "path": path,
-             "headers": [(b"host", host)], "server": ("127.0.0.1", 1), "http_version": "1.1"}
+    scope = {
+        "type": "http",
+        "root_path": "",
+        "query_string": b"",
+        "scheme": "http",
+        "method": method,
+        "path": path,
+        "headers": [(b"host", host)],
+        "server": ("127.0.0.1", 1),
+        "http_version": "1.1",
+    }
     answers = []
 
     async def receive():
@@ -550,9 +601,11 @@ def test_a_file_keeps_its_id_and_no_later_one_gets_that_of_a_deleted_one(tmp_pat
 
 def test_a_folder_of_an_older_server_is_renewed_with_what_it_holds(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "sweepserver.sqlite")) as old:
-        old.executescript("CREATE TABLE file(id INTEGER PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, "
-                          "blob TEXT, gone TEXT, UNIQUE(owner, name)); CREATE INDEX file_md5 ON file(blob);"
-                          "INSERT INTO file VALUES(7, 'run:1', 'a', 'b', 'g')")
+        old.executescript(
+            "CREATE TABLE file(id INTEGER PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, "
+            "blob TEXT, gone TEXT, UNIQUE(owner, name)); CREATE INDEX file_md5 ON file(blob);"
+            "INSERT INTO file VALUES(7, 'run:1', 'a', 'b', 'g')"
+        )
     for _ in range(2):
         files = Files(Store(tmp_path), tmp_path / "blobs", b"secret", 1000)
         row = files.get("run:1", "a")
@@ -583,8 +636,9 @@ def test_a_database_without_room_leaves_no_bytes_and_no_5xx(tmp_path, monkeypatc
 
 def test_a_write_that_fails_at_its_end_is_undone(tmp_path):
     store = Store(tmp_path)
-    store.read().executescript("PRAGMA foreign_keys=on; CREATE TABLE child(parent REFERENCES project(id) DEFERRABLE "
-                               "INITIALLY DEFERRED)")
+    store.read().executescript(
+        "PRAGMA foreign_keys=on; CREATE TABLE child(parent REFERENCES project(id) DEFERRABLE INITIALLY DEFERRED)"
+    )
     with pytest.raises(sqlite3.IntegrityError), store.write():  # COMMIT itself fails, as on a full disk
         store.insert("child", parent=99)
     store.insert("ticket", hash="after")
@@ -626,8 +680,11 @@ def test_names_that_leave_the_run_are_refused(name):
 
 def quadratic_front(points):
     """Oracle: the points that no other one beats, by definition."""
-    return {i for i, (x, y) in enumerate(points) if not any(
-        (u <= x and v > y) or (u < x and v >= y) for j, (u, v) in enumerate(points) if j != i)}
+    return {
+        i
+        for i, (x, y) in enumerate(points)
+        if not any((u <= x and v > y) or (u < x and v >= y) for j, (u, v) in enumerate(points) if j != i)
+    }
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -640,8 +697,15 @@ def test_pareto_front_equals_its_definition(seed):
 
 
 def rows():
-    return [{"name": f"r{w}{a}", "params": {"weight_quant_bits": w, "activation_quant_bits": a, "opt": "<b>x</b>"},
-             "values": {"acc": 0.1 * w + 0.01 * a, "model_size_mb": w / 4}} for w in (2, 4, 8) for a in (4, 8)]
+    return [
+        {
+            "name": f"r{w}{a}",
+            "params": {"weight_quant_bits": w, "activation_quant_bits": a, "opt": "<b>x</b>"},
+            "values": {"acc": 0.1 * w + 0.01 * a, "model_size_mb": w / 4},
+        }
+        for w in (2, 4, 8)
+        for a in (4, 8)
+    ]
 
 
 def test_figures_hold_what_the_rows_hold():
@@ -651,17 +715,31 @@ def test_figures_hold_what_the_rows_hold():
     assert front["x"] == [0.5, 1.0, 2.0] and front["y"] == pytest.approx([0.28, 0.48, 0.88])
     labels = [d["label"] for d in figures.parallel(rows(), "acc")["data"][0]["dimensions"]]
     assert labels == ["activation bits", "weight bits", "model size mb", "acc"]
-    assert "<" not in json.dumps(figures.parallel([{**r, "params": {"opt": f"<i>{i}"}, "name": "n"}
-                                                   for i, r in enumerate(rows())], "acc")["data"])
+    assert "<" not in json.dumps(
+        figures.parallel([{**r, "params": {"opt": f"<i>{i}"}, "name": "n"} for i, r in enumerate(rows())], "acc")[
+            "data"
+        ]
+    )
     assert figures.parallel([], "acc") is None and figures.heatmap(rows()[:1], "acc") is None
     assert figures.pareto([], "acc") is None
 
 
 def test_a_sweep_of_bit_widths_is_drawn_with_the_projects_own_figures():
     report = pytest.importorskip("report")
-    bits = [{**row, "config": row["params"], "values": {**row["values"], "test_acc_quantized": 90 + i,
-                                                       "model_size_fp32_mb": 9.0, "test_acc_fp32": 94.0,
-                                                       "compression_ratio_model": 4.0}} for i, row in enumerate(rows())]
+    bits = [
+        {
+            **row,
+            "config": row["params"],
+            "values": {
+                **row["values"],
+                "test_acc_quantized": 90 + i,
+                "model_size_fp32_mb": 9.0,
+                "test_acc_fp32": 94.0,
+                "compression_ratio_model": 4.0,
+            },
+        }
+        for i, row in enumerate(rows())
+    ]
     drawn = figures.draw(bits, "test_acc_quantized", "maximize")
     frame = report.to_frame([{**row["config"], **row["values"]} for row in bits])
     want = json.loads(report.heatmap_figure(frame).to_json())
@@ -678,8 +756,10 @@ def test_a_sweep_that_the_projects_figures_cannot_draw_gets_the_servers_own(monk
 
 
 def test_a_parameter_may_be_a_list_or_a_mapping():
-    odd = [{"name": f"r{i}", "params": {"shape": [i], "opt": {"lr": i % 2}}, "values": {"acc": i}, "config": {}}
-           for i in range(3)]
+    odd = [
+        {"name": f"r{i}", "params": {"shape": [i], "opt": {"lr": i % 2}}, "values": {"acc": i}, "config": {}}
+        for i in range(3)
+    ]
     heat = figures.heatmap(odd, "acc")["data"][0]
     assert heat["y"] == ["[0]", "[1]", "[2]"] and heat["x"] == ["{'lr': 0}", "{'lr': 1}"] and heat["z"][2] == [2, None]
 
