@@ -15,6 +15,7 @@ setup: .venv/.installed
 .venv/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps sweeps
 	touch $@
 
 runs/demo/mnv2_digits.safetensors: .venv/.installed
