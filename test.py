@@ -18,11 +18,12 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,44 +192,74 @@ class Outcome:
     unpack_seconds: float
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the points of a grid share, loaded when it is first needed."""
+
+    settings: Settings
+
+    @functools.cached_property
+    def subject(self) -> Subject:
+        if not self.settings.checkpoint:
+            print(f"checkpoint: {subjects.default_checkpoint()}")
+        one = self.settings
+        return subjects.load(one.checkpoint, one.dataset, one.data_dir, validation=one.mixed)
+
+    @functools.cached_property
+    def fp32(self) -> Score:
+        device = choose_device(self.settings.device)
+        forward = predictor(float_network(self.subject.network), device)
+        return score(forward, self.subject.test, self.settings.batch_size, device)
+
+
 def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
     points = [settings] if tracking.under_agent() else grid(settings)
-    subject, fp32, known = None, None, 0
     choose_device(settings.device)  # what cannot be used is told before the data set is read
     results.read(settings.output)  # so is a file that is none of ours
-    with tqdm(points, desc="grid", unit="point", disable=None if len(points) > 1 else True) as bar:
-        for one in bar:
-            if len(points) > 1:
-                subject = subject or load_subject(one)
-                if not one.again and results.has(results.read(one.output), key(one, subject)):
-                    known += 1
-                    continue
-            with tracking.run(one, "evaluation", label, one.log_wandb) as tracked:
-                one = tracked.settings
-                check_used(one)
-                check_targets(one)
-                with tempfile.TemporaryDirectory() as folder:
-                    if one.packed:
-                        outcome = evaluate_packed(one)
-                    else:
-                        subject = subject or load_subject(one)
-                        fp32 = fp32 or fp32_score(one, subject)
-                        outcome = evaluate(one, subject, fp32, one.save_packed or Path(folder) / "packed.safetensors")
-                    results.append(one.output, outcome.row)
-                    report_to(tracked, one, outcome, subject)
-            bar.write(summary(outcome), file=sys.stdout)
     if len(points) > 1:
-        import report
-
-        if known:
-            print(f"{known} of {len(points)} points are in {settings.output} already; --again measures them again")
-        keys = [key(point, subject) for point in points]  # the figure is of this grid alone
-        rows = [row for row in results.read(settings.output) if any(results.same(row, point) for point in keys)]
-        page = report.write_plots(report.to_frame(rows), settings.plot)
-        print(f"wrote {settings.output}, {settings.plot} and {page}")
+        measure_grid(settings, points)
+    else:
+        measure(points[0])
     return 0
+
+
+def measure(settings: Settings, shared: Shared | None = None) -> None:
+    """One evaluation, under `wandb agent` with the sweep's parameters: a row of results.csv, and what W&B gets."""
+    with tracking.run(settings, "evaluation", label, settings.log_wandb) as tracked:
+        settings = tracked.settings
+        check_used(settings)
+        check_targets(settings)
+        shared = shared or Shared(settings)
+        with tempfile.TemporaryDirectory() as folder:
+            path = settings.save_packed or Path(folder) / "packed.safetensors"
+            outcome = evaluate_packed(settings) if settings.packed else evaluate(settings, shared, path)
+            results.append(settings.output, outcome.row)
+            report_to(tracked, settings, outcome)
+    tqdm.write(summary(outcome), file=sys.stdout)
+
+
+def measure_grid(settings: Settings, points: Sequence[Settings]) -> None:
+    """Every point that results.csv does not have yet, and the figure of all of them."""
+    import report
+
+    shared, known = Shared(settings), 0
+    try:
+        for point in tqdm(points, desc="grid", unit="point", disable=None):
+            if not settings.again and results.has(results.read(settings.output), key(point, shared.subject)):
+                known += 1
+            else:
+                measure(point, shared)
+    except KeyboardInterrupt:
+        print(f"{settings.output} has the points so far; the same command measures the others", file=sys.stderr)
+        raise
+    if known:
+        print(f"{known} of {len(points)} points are in {settings.output} already; --again measures them again")
+    keys = [key(point, shared.subject) for point in points]  # the figure is of this grid alone
+    rows = [row for row in results.read(settings.output) if any(results.same(row, one) for one in keys)]
+    page = report.write_plots(report.to_frame(rows), settings.plot)
+    print(f"wrote {settings.output}, {settings.plot} and {page}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the points
@@ -333,20 +364,9 @@ def label(settings: Settings) -> tracking.Labels:
 # ------------------------------------------------------------------------------------------------------ one evaluation
 
 
-def load_subject(settings: Settings) -> Subject:
-    if not settings.checkpoint:
-        print(f"checkpoint: {subjects.default_checkpoint()}")
-    return subjects.load(settings.checkpoint, settings.dataset, settings.data_dir, validation=settings.mixed)
-
-
-def fp32_score(settings: Settings, subject: Subject) -> Score:
-    device = choose_device(settings.device)
-    return score(predictor(float_network(subject.network), device), subject.test, settings.batch_size, device)
-
-
-def evaluate(settings: Settings, subject: Subject, fp32: Score, path: Path) -> Outcome:
+def evaluate(settings: Settings, shared: Shared, path: Path) -> Outcome:
     """Quantizes, packs to `path`, reads back, evaluates on the test images: one row."""
-    point = point_of(settings)
+    point, subject, fp32 = point_of(settings), shared.subject, shared.fp32
     if settings.mixed and not any(settings.searched):
         uniform = [bits not in ((), (32,)) for bits in (settings.weight_quant_bits, settings.activation_quant_bits)]
         parts = point.plan.layer_bits, point.plan.value_bits
@@ -578,7 +598,7 @@ def summary(outcome: Outcome) -> str:
     )
 
 
-def report_to(tracked: tracking.Untracked, settings: Settings, outcome: Outcome, subject: Subject | None) -> None:
+def report_to(tracked: tracking.Untracked, settings: Settings, outcome: Outcome) -> None:
     """Everything W&B gets: the row, the size of each layer, the packed file where asked for."""
     if not tracked.tracked:
         return
@@ -588,7 +608,8 @@ def report_to(tracked: tracking.Untracked, settings: Settings, outcome: Outcome,
     tracked.table(report.SIZE_TABLE, report.size_table(outcome.sizes))
     if settings.log_artifact:
         name = f"mnv2-{label(settings).name}"
-        tracked.artifact(outcome.packed, name, outcome.row, subject.path if subject else None)
+        made_from = None if settings.packed else settings.checkpoint or subjects.default_checkpoint()
+        tracked.artifact(outcome.packed, name, outcome.row, made_from)
 
 
 if __name__ == "__main__":

@@ -129,14 +129,15 @@ def under_agent() -> bool:
 def run(
     settings: Settings, job_type: str, label: Callable[[Settings], Labels], enabled: bool = False
 ) -> Iterator[Untracked[Settings]]:
-    """A run of W&B around the block, under an agent or where `enabled`; else nothing.
+    """A run of W&B around the block, under an agent or where `enabled`; else nothing but an orderly end at SIGTERM.
 
     Under an agent the yielded `.settings` are `settings` with the sweep's parameters; `label` names the run from them.
     An unknown or ill-typed parameter raises `UserError` at once. An exception marks the run as failed, with the exit
     code that it leads to; SIGTERM marks it as preempted, so that the sweep gives its configuration out again.
     """
     if not enabled and not under_agent():
-        yield Untracked(settings)
+        with terminated_by_signal():  # so that temporary files go
+            yield Untracked(settings)
         return
     labels = Labels()
     with contextlib.suppress(UserError, OSError):  # told below, where there is a run to mark as failed

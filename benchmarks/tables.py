@@ -34,7 +34,7 @@ BEYOND = {  # method → what README.md calls it
     "auto+entropy": "entropy coding (`--entropy`, lossless)",
     "auto+entropy+mixed": "mixed precision, entropy coding (`--max-drop`)",
     "reconstruct": "`--rounding reconstruct --calib-batches 8`",
-    "qat": "fine-tuned with labels (`train.py --qat`)",
+    "qat": "fine-tuned (`train.py --qat`)",
 }
 
 

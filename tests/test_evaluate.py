@@ -76,7 +76,8 @@ def test_a_grid_goes_on_where_it_stopped(call, program, monkeypatch):
         return evaluate(*args)
 
     monkeypatch.setattr(program, "evaluate", interrupted)
-    assert call(*grid)[0] == 130
+    code, _, err = call(*grid)
+    assert code == 130 and "results.csv has the points so far" in err
     assert len(results.read(Path("results.csv"))) == 2
     assert "2 of 4 points are in results.csv already" in call(*grid)[1]
     assert len(calls) == 3 + 2
@@ -249,9 +250,8 @@ def test_an_agent_gets_no_bits_that_nobody_gave(program, call, image_folder):
     """Its run takes the parameters of a sweep as they are: no bits given are none, not 32."""
     Path("b.yaml").write_text("layers: {classifier.1: 4}\n")
     settings = program.Settings(checkpoint=Path("c.safetensors"), data_dir=image_folder, bits_file=Path("b.yaml"))
-    subject = program.load_subject(settings)
     with pytest.raises(UserError, match="layers lacks features.0.0"):
-        program.evaluate(settings, subject, program.fp32_score(settings, subject), Path("p.safetensors"))
+        program.evaluate(settings, program.Shared(settings), Path("p.safetensors"))
 
 
 def test_the_packed_file_does_not_hold_the_folder_of_its_checkpoint(call):

@@ -54,7 +54,7 @@ def test_what_goes_beyond_is_told_by_method_and_size(tables):
     assert tables.beyond(report.to_frame(made)).splitlines()[2:] == [
         "| another width | 3 | 8 | 88.50 ± 0.71 | 1.50 ± 0.71 | 1.000 MB | 9.00× |",
         "| entropy coding (`--entropy`, lossless) | 4 | 8 | 50.00 | 40.00 | 1.000 MB | 9.00× |",
-        "| fine-tuned with labels (`train.py --qat`) | 2 | 8 | 89.00 | 1.00 | 1.000 MB | 9.00× |",
+        "| fine-tuned (`train.py --qat`) | 2 | 8 | 89.00 | 1.00 | 1.000 MB | 9.00× |",
     ]
 
 

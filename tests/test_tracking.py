@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import sweepserver
+import tracking
 from tests.conftest import ROOT
 from tests.sweepserver_helpers import create_sweep, environment, python, wandb
 
@@ -266,6 +268,18 @@ def test_agents_side_by_side_lose_no_row(tmp_path):
 
     found = sorted(row["dataset"] for row in results.read(tmp_path / "rows.csv"))
     assert found == sorted(f"{process}-{i}" for process in range(4) for i in range(20))
+
+
+def test_sigterm_unwinds_a_program_without_a_run(monkeypatch):
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop, tracking.run(None, "evaluation", lambda _: tracking.Labels()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143
 
 
 # A module imports only what stands above its line. Above the rule: what computes, with nothing of reports and tracking.
