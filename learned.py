@@ -36,7 +36,9 @@ class LearnedNetwork(nn.Module):
         super().__init__()
         self.start = start
         self.caps = dict(network.caps)
-        self.architecture = start.architecture
+        self.architecture = start.architecture  # as the FP32 network has it: train.py tells and saves it
+        by_name = {op.name: op for op in start.ops}
+        self.sources = {op.name: by_name.get(op.inputs[0]) for op in start.ops}  # of each first input; None: the image
         self.latent, self.biases = nn.ParameterDict(), nn.ParameterDict()
         self.weight_scales, self.value_scales = nn.ParameterDict(), nn.ParameterDict()
         for name, layer in start.layers.items():
@@ -113,8 +115,7 @@ class LearnedNetwork(nn.Module):
 
     def input_scale(self, op: Op) -> Tensor:
         """What one step of its input stands for in the whole network; a block's own list calls that value INPUT."""
-        name = next(o for o in self.start.ops if o.name == op.name).inputs[0]
-        source = next((o for o in self.start.ops if o.name == name), None)
+        source = self.sources[op.name]
         return torch.tensor(1 / self.start.normalization.std) if source is None else self.value_scale(source)
 
     @torch.no_grad()
