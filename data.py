@@ -344,8 +344,8 @@ def stratified_split(split: Split, held_out: int, seed: int) -> tuple[Split, Spl
     return split[~chosen], split[chosen]
 
 
-def calibration_split(train: Split, count: int, seed: int) -> Split:
-    """`count` (at most all) training images drawn at random without replacement."""
+def random_subset(train: Split, count: int, seed: int) -> Split:
+    """`count` (at most all) images drawn at random without replacement."""
     generator = torch.Generator().manual_seed(seed)
     return train[torch.randperm(len(train), generator=generator)[:count]]
 

@@ -23,7 +23,7 @@ import training
 from calibration import method_plan, prepared, quantize_network
 from checkpoint import Checkpoint
 from compression import load_packed, save_packed
-from data import Dataset, Split, calibration_split
+from data import Dataset, Split, random_subset
 from errors import UserError
 from evaluation import score
 from learned import LearnedNetwork
@@ -72,7 +72,7 @@ def first_tuning(
         )
     train, val = split_as_trained(checkpoint, dataset.train)
     teacher = folded(checkpoint, path)
-    images = calibration_split(train, IMAGES, seed).images
+    images = random_subset(train, IMAGES, seed).images
     begun = time.perf_counter()
     plan = method_plan("auto", weight_bits, activation_bits)[0]
     plan = dataclasses.replace(plan, tune=False)  # fine-tuning does that, and more

@@ -517,7 +517,7 @@ def unpacked(path: Path) -> tuple[QuantizedNetwork, dict[str, Any], float]:
 
 def calibration(settings: Settings, subject: Subject) -> Tensor:
     """uint8 [N, 3, 32, 32]: training images."""
-    return data.calibration_split(subject.train, calib_images(settings, subject), settings.seed).images
+    return data.random_subset(subject.train, calib_images(settings, subject), settings.seed).images
 
 
 def calib_images(settings: Settings, subject: Subject) -> int:

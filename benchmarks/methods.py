@@ -86,7 +86,7 @@ def main() -> None:
     rows = results.read(settings.output, COLUMNS)
     subject = load(settings.checkpoint, settings.dataset, settings.data_dir)
     network, split = subject.network, {"val": subject.validation, "test": subject.test}[settings.split]
-    split = data.calibration_split(split, settings.limit, seed=0) if settings.limit else split  # of all classes
+    split = data.random_subset(split, settings.limit, seed=0) if settings.limit else split  # of all classes
     exact = logits_of(float_network(network), split)
     fp32 = accuracy(exact, split)
     print(f"FP32 on {len(split)} {settings.split} images: {fp32:.2f} %", flush=True)
@@ -97,7 +97,7 @@ def main() -> None:
         point = dict(zip(POINT, map(str, cells), strict=True))
         if results.has(rows, point, POINT):
             continue
-        images = data.calibration_split(subject.train, settings.calib_images, seed).images
+        images = data.random_subset(subject.train, settings.calib_images, seed).images
         begun = time.perf_counter()
         plan = plan_of(method, *(None if b == 32 else b for b in (weight_bits, act_bits)))
         quantized = quantize_network(network, images, plan)

@@ -169,9 +169,9 @@ def load(settings: Settings) -> Material:
         raise UserError(f"{subject.path} held no images out of training to choose with; train with --val-size")
     limit = settings.limit_test
     parts = {
-        "calibration": data.calibration_split(subject.train, settings.calib_images, settings.seed),
-        "validation": data.calibration_split(subject.validation, settings.val_images, settings.seed),
-        "test": data.calibration_split(subject.test, limit, settings.seed) if limit else subject.test,
+        "calibration": data.random_subset(subject.train, settings.calib_images, settings.seed),
+        "validation": data.random_subset(subject.validation, settings.val_images, settings.seed),
+        "test": data.random_subset(subject.test, limit, settings.seed) if limit else subject.test,
     }
     return Material(subject, parts)
 

@@ -347,11 +347,11 @@ def test_a_split_as_large_as_the_set_is_refused():
 
 def test_calibration_images_are_drawn_from_the_training_images():
     train = Split(torch.arange(50).view(-1, 1, 1, 1), torch.arange(50))
-    drawn = data.calibration_split(train, 20, seed=3)
+    drawn = data.random_subset(train, 20, seed=3)
     assert len(set(drawn.labels.tolist())) == 20
     assert torch.equal(drawn.images.flatten(), drawn.labels)
-    assert torch.equal(drawn.labels, data.calibration_split(train, 20, seed=3).labels)
-    assert len(data.calibration_split(train, 999, seed=3)) == 50
+    assert torch.equal(drawn.labels, data.random_subset(train, 20, seed=3).labels)
+    assert len(data.random_subset(train, 999, seed=3)) == 50
 
 
 def test_batches_are_all_images_in_order():
