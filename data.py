@@ -344,10 +344,10 @@ def stratified_split(split: Split, held_out: int, seed: int) -> tuple[Split, Spl
     return split[~chosen], split[chosen]
 
 
-def random_subset(train: Split, count: int, seed: int) -> Split:
+def random_subset(split: Split, count: int, seed: int) -> Split:
     """`count` (at most all) images drawn at random without replacement."""
     generator = torch.Generator().manual_seed(seed)
-    return train[torch.randperm(len(train), generator=generator)[:count]]
+    return split[torch.randperm(len(split), generator=generator)[:count]]
 
 
 @dataclass(frozen=True)
