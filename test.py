@@ -591,7 +591,7 @@ def summary(outcome: Outcome) -> str:
     bits = [row[name] or 32 for name in ("weight_quant_bits", "activation_quant_bits")]
     drop = f"FP32 {row['test_acc_fp32']:.2f}, drop {row['acc_drop']:.2f}" if row["acc_drop"] is not None else "no FP32"
     return (
-        f"w{bits[0]}a{bits[1]}: test_acc_quantized {row['test_acc_quantized']:.2f} % ({drop}), "
+        f"w{bits[0]:g}a{bits[1]:g}: test_acc_quantized {row['test_acc_quantized']:.2f} % ({drop}), "
         f"{row['model_size_mb']:.3f} MB of {row['model_size_fp32_mb']:.3f} "
         f"({row['compression_ratio_model']:.2f}x), unpacked in {outcome.unpack_seconds:.2f} s, "
         f"{row['images_per_second']:.0f} images/s"
