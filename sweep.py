@@ -7,7 +7,7 @@ examples:
 """
 
 if __name__ == "__main__":
-    import startup  # noqa: F401 - first of all: Ctrl-C while the others are imported
+    import startup  # noqa: F401 - first of all, see there
 
 import ast
 import contextlib

@@ -14,7 +14,7 @@ Weights are quantized, packed to a file, and read back from it: what is evaluate
 """
 
 if __name__ == "__main__":
-    import startup  # noqa: F401 - first of all: Ctrl-C while the others are imported
+    import startup  # noqa: F401 - first of all, see there
 
 import contextlib
 import dataclasses

@@ -44,3 +44,14 @@ def test_a_program_ends_with_one_line_at_most(program, output, code, says):
 def test_a_librarys_message_is_one_plain_line():
     assert reason(ValueError("\n\x1b[1mbad\x1b[0m news\x07\nand more")) == "bad news"
     assert reason(ValueError()) == "ValueError" and len(reason(ValueError("x" * 999))) == 120
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_wait_shortly_unless_the_user_says_otherwise(given, spins):
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import startup, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env | given, capture_output=True, text=True)
+    assert done.stdout.strip() == spins
