@@ -20,7 +20,7 @@ setup: .venv/.installed
 
 runs/demo/mnv2_digits.safetensors: .venv/.installed
 	$(BIN)/python train.py --dataset digits --data-dir runs/demo/data --width-mult 0.35 --batch-size 64 --epochs 12 \
-	  --lr 0.05 --save-path $@
+	  --lr 0.05 --save-path $@ --resume
 
 demo: runs/demo/mnv2_digits.safetensors
 	$(BIN)/python test.py --checkpoint runs/demo/mnv2_digits.safetensors --data-dir runs/demo/data --again \

@@ -2,10 +2,11 @@
 
 Ctrl-C while they still are imported is one line and exit code 130, as later, when `errors.run_main` has taken over.
 
-OpenMP's threads (libgomp's, which torch computes with) wait for each other in a loop, for some milliseconds, before they
-sleep. Beside another program that has one of the cores the one waited for does not run meanwhile: on two cores a step
-of training at width 0.35 gave 10 images/s. With 10,000 turns of that loop it gives 95, and with nothing beside 0.98 of
-the speed. GOMP_SPINCOUNT is read when libgomp is loaded; where the user has set it or OMP_WAIT_POLICY, that counts.
+OpenMP's threads (libgomp's, which torch computes with) wait for each other in a loop, for some milliseconds, before
+they sleep. Beside another program that has one of the cores the one waited for does not run meanwhile: on two cores a
+step of training at width 0.35 gave 10 images/s. With 10,000 turns of that loop it gives 95, and with nothing beside
+0.98 of the speed. GOMP_SPINCOUNT is read when libgomp is loaded; where the user has set it or OMP_WAIT_POLICY, that
+counts.
 """
 
 import os
