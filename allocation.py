@@ -305,20 +305,23 @@ def fit_size(
         layers = {name: table[name][b].layer for name, b in bits.items()}
         return size(with_layers(start, layers)) - total_bytes(table, bits)
 
-    bits = smallest_bits(table)
-    overhead = rest(bits)
-    least = total_bytes(table, bits) + overhead
+    def within(overhead: int) -> dict[str, int]:
+        return allocate(table, max(target - overhead, total_bytes(table, smallest)))
+
+    smallest = smallest_bits(table)
+    overhead = rest(smallest)
+    least = total_bytes(table, smallest) + overhead
     if least > target:
         raise UserError(f"--target-size-mb {target / 1e6:g} is out of reach; the smallest file takes {least / 1e6:.3f}")
     for _ in range(3):
-        overhead = rest(allocate(table, max(target - overhead, total_bytes(table, bits))))
-    for _ in range(tries):
-        chosen = allocate(table, max(target - overhead, total_bytes(table, bits)))
+        overhead = rest(within(overhead))
+    for i in range(tries + 1):
+        chosen = within(overhead) if i < tries else smallest
         built = build(chosen)
         excess = size(built) - target
         if excess <= 0:
             return chosen, built
-        if chosen == bits:
+        if chosen == smallest:
             break
         overhead += excess
     raise UserError(f"--target-size-mb {target / 1e6:g} is out of reach; give {excess / 1e6:.6f} more")

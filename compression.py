@@ -32,7 +32,7 @@ from torch import Tensor
 
 import entropy as entropy_coder
 from data import Normalization
-from errors import UserError
+from errors import UserError, reason
 from files import obstacle, write_bytes
 from models import Architecture, MobileNetV2
 from network import INPUT, Op, fused_operations, operations, peak_bytes, value_sizes, weighted
@@ -470,8 +470,7 @@ def read(path: Path) -> Packed:
         network = from_blobs(document, formats, plain)
         return Packed(network, formats, blobs, deflated, dict(document["info"]), len(content))
     except Exception as error:  # of many kinds with one meaning: the digest fits, but this program did not write it
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path} is not a packed model that this version can read ({reason})") from None
+        raise UserError(f"{path} is not a packed model that this version can read ({reason(error)})") from None
 
 
 def read_bytes(path: Path) -> bytes:

@@ -200,10 +200,10 @@ class Shared:
 
     @functools.cached_property
     def subject(self) -> Subject:
-        if not self.settings.checkpoint:
+        settings = self.settings
+        if not settings.checkpoint:
             print(f"checkpoint: {subjects.default_checkpoint()}")
-        one = self.settings
-        return subjects.load(one.checkpoint, one.dataset, one.data_dir, validation=one.mixed)
+        return subjects.load(settings.checkpoint, settings.dataset, settings.data_dir, validation=settings.mixed)
 
     @functools.cached_property
     def fp32(self) -> Score:

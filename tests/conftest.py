@@ -1,5 +1,6 @@
 """What the tests share: one thread (small networks are faster so), and small data sets made on the spot."""
 
+import importlib.util
 import os
 import sys
 import tarfile
@@ -11,6 +12,14 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+
+
+def load_program(path: str, name: str):
+    """A program as a module called `name`, by its path in the repository: Python has a package `test` of its own."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

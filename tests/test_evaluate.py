@@ -1,13 +1,12 @@
 """test.py from the command line: one row per evaluation, grids that go on, packed files, and clear refusals."""
 
-import importlib.util
 import itertools
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_program
 from networks import random_model
 
 import checkpoint as checkpoints
@@ -18,14 +17,7 @@ from errors import UserError
 
 @pytest.fixture(scope="module")
 def program():
-    """test.py as a module; by its path, for Python has a package `test` of its own."""
-    spec = importlib.util.spec_from_file_location("evaluate_program", ROOT / "test.py")
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_program("test.py", "evaluate_program")
 
 
 @pytest.fixture

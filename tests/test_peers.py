@@ -1,24 +1,16 @@
 """The peers' table: what is in which row, what stands between the markers, a failure that stops nothing."""
 
-import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-SOURCE = Path(__file__).parent.parent / "benchmarks" / "peers.py"
+from conftest import load_program
 
 
 @pytest.fixture(scope="module")
 def peers():
-    spec = importlib.util.spec_from_file_location("peers", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-
-    sys.modules["peers"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_program("benchmarks/peers.py", "peers")
 
 
 def row(peers, tool: str, bits: str, accuracy: float, size: int, **others: str) -> dict[str, str]:

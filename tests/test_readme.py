@@ -1,13 +1,11 @@
 """The commands in the READMEs are commands: every flag is there and takes its value, every file named is there."""
 
-import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_program
 
 import cli
 
@@ -26,10 +24,7 @@ def commands() -> list[str]:
 def test_a_command_can_be_given(command, monkeypatch):
     _, program, *argv = shlex.split(command)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location(f"readme_{Path(program).stem}", ROOT / program)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = load_program(program, f"readme_{Path(program).stem}")
     cli.parse(module.Settings, "", argv[: argv.index("--")] if "--" in argv else argv)
 
 

@@ -1,11 +1,9 @@
 """The images that train, choose and test are apart: in what `load` returns, and in what test.py does with them."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import load_program
 from networks import random_model
 
 import checkpoint as checkpoints
@@ -55,10 +53,7 @@ def test_the_parts_are_apart_and_together_everything(splits, image_folder):
 def test_calibration_sees_training_images_and_choices_see_validation(
     flags, checkpoint, image_folder, splits, run_main, monkeypatch, tmp_path
 ):
-    spec = importlib.util.spec_from_file_location("evaluate_program_again", ROOT / "test.py")
-    program = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, program)
-    spec.loader.exec_module(program)
+    program = load_program("test.py", "evaluate_program_again")
     monkeypatch.chdir(tmp_path)
     calibrated, scored = set(), []
 
