@@ -1,4 +1,4 @@
-# make demo    a small model trained on an embedded data set, a grid of bit widths, results.csv and two plots
+# make demo    train a small model on an embedded data set, measure a grid of bit widths, write results.csv and two plots
 # make sweep   the same grid as a sweep with the real W&B client on the embedded server (AGENTS=2 DATA=… CHECKPOINT=…)
 # make test    the test suite
 # make lint    ruff: rules and format

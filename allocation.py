@@ -1,11 +1,12 @@
-"""Mixed precision: how many bits each layer, or each value, gets, so that the harm is least under a budget of bytes.
+"""Mixed precision: the bits of each layer or activation that do the least harm within a byte budget.
 
 1. Sensitivity: each layer is quantized alone, at every width, by the plan's own method; its harm is the divergence
-   KL(FP32 || quantized) of the network's outputs, over images that its rounding did not see (HAWQ-V2, Dong et al.
-   2020, uses the Hessian's trace in its place; a direct measurement costs a run from that layer to the end, no more).
-2. Allocation: one width a layer, least sum of harms, bytes under the budget. This is the multiple-choice knapsack
-   problem (Kellerer, Pferschy & Pisinger 2004, chapter 11), solved exactly by dynamic programming with bounds.
-3. What harms add up to is only a forecast: sizes and drops that are promised are those of the whole network, quantized.
+   KL(FP32 || quantized) of the network's outputs, over images that its rounding did not see (HAWQ-V2, Dong et al. 2020,
+   uses the trace of the Hessian instead; measuring directly costs only a run from that layer to the end).
+2. Allocation: one bit width per layer with the least total harm and no more bytes than the budget. This is the
+   multiple-choice knapsack problem (Kellerer, Pferschy & Pisinger 2004, chapter 11), solved exactly by dynamic
+   programming with bounds.
+3. The sum of harms is only a forecast: guaranteed sizes and drops are measured on the whole quantized network.
 """
 
 import math
@@ -44,7 +45,7 @@ from quantization import (
 
 CHOICES = (1, 2, 3, 4, 5, 6, 8)
 MEASURED = 128  # images that harms are measured on
-Variant = Callable[[Sequence[Tensor]], Tensor]  # inputs of an operation → its result, a little wrong
+Variant = Callable[[Sequence[Tensor]], Tensor]  # inputs of an operation → its perturbed result
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def sensitivities(
 ) -> dict[str, dict[int, Trial]]:
     """Every layer at every width, alone, by the plan's method. images: uint8 [N, 3, H, W], training images: the last
     few (MEASURED, a quarter at most) measure the harm, the others round. entropy: bytes are counted after coding.
-    on_layer(name) tells progress. UserError for a single image: one rounds, another measures."""
+    on_layer(name) tells progress. UserError with a single image: rounding and measuring need different ones."""
     rounding_images, measuring = parts(images)
     choices = [bits for bits in choices if bits > 1 or not plan.symmetric]  # one bit has no middle code
     network, plan = prepared(network, images, plan)
@@ -153,7 +154,7 @@ def layer_moments(network: Network, images: Tensor) -> dict[str, rounding.Moment
 
 
 def alone(network: Network, op: Op, sums: rounding.Moments, plan: Plan, bits: int) -> Layer:
-    """The layer at that width, by the plan's method (coordinate descent where that needs more than one layer)."""
+    """The layer at that width, by the plan's method (coordinate descent if that method needs more than one layer)."""
     method = plan.rounding if plan.rounding in rounding.METHODS else "cd"
     plan = replace(plan, weight_bits=bits, edge_bits=None, layer_bits={}, rounding=method)
     return round_layer(network, op, plain_layer(network, op, plan), sums, plan)
@@ -209,17 +210,17 @@ def layer_bytes(op: Op, layer: Layer, entropy: bool) -> int:
 def allocate(table: Table, budget: float) -> dict[str, int]:
     """Bits of every row of the table: the least sum of harms among all with at most `budget` bytes. Exact.
 
-    States (bytes, harm) grow row by row. A state goes when another has no more bytes and no more harm, or when even a
-    bound on what the rows left must add (their linear relaxation) is above the harm of a solution known already.
+    States (bytes, harm) are extended row by row. A state is dropped if another has at most its bytes and its harm, or
+    if a lower bound on the remaining rows (their linear relaxation) already exceeds the harm of a known solution.
     UserError where the budget is below the smallest choice of every row."""
     names = list(table)
     options = {name: sorted((t.bytes, t.harm, bits) for bits, t in table[name].items()) for name in names}
     smallest = sum(options[name][0][0] for name in names)
     if budget < smallest:
-        raise UserError(f"a budget of {budget:.0f} bytes is below the least there is, {smallest}; give more")
+        raise UserError(f"a budget of {budget:.0f} bytes is below the minimum of {smallest}; give more")
     bounds = [relaxation([options[name] for name in names[i:]]) for i in range(len(names) + 1)]
     known = rounded_relaxation([options[name] for name in names], budget)
-    # Both it and the bounds add up differences of large harms: a state within what that loses of digits stays.
+    # `known` and the bounds are sums of differences of large harms: keep states within that rounding error.
     known += 1e-9 * known + 1e-12 * sum(max(trial.harm for trial in row.values()) for row in table.values())
     costs, harms = np.zeros(1), np.zeros(1)
     history = []  # for each row: (index of the state it came from, bits)
@@ -296,9 +297,9 @@ def fit_size(
 ) -> tuple[dict[str, int], QuantizedNetwork]:
     """The least harm whose whole file, by `size` of the network that `build` makes, takes at most `target` bytes.
 
-    What the rows do not count (header, grids, coder's tables) is learned from the layers of the table, put together
-    without a new calibration; if the built network then is too large all the same, the budget shrinks by the excess,
-    and what comes last is the smallest choice. UserError where the target is out of reach."""
+    The bytes the rows do not count (header, grids, coder's tables) are estimated by packing the table's layers without
+    a new calibration; if the built network is still too large, the budget shrinks by the excess, down to the smallest
+    choice. UserError where the target is out of reach."""
     start = float_network(network)
 
     def rest(bits: Mapping[str, int]) -> int:
@@ -332,8 +333,8 @@ def smallest_within(
 ) -> tuple[dict[str, int], QuantizedNetwork, float]:
     """(bits, network, its drop): the smallest network found whose `drop` is at most `most_drop`, by bisection over
     budgets (in proportion, until they are `precision` apart). Every candidate is built and measured; drops need not be
-    monotonic, so a smaller one may exist, but the one returned kept the promise. UserError where even the largest
-    choice does not."""
+    monotonic, so a smaller network may exist, but the one returned is within the limit. UserError if even the largest
+    choice is not."""
     low, high = (float(total_bytes(table, pick)) for pick in (smallest_bits(table), largest_bits(table)))
     best: tuple[dict[str, int], QuantizedNetwork, float] | None = None
     tried: dict[tuple[int, ...], float] = {}

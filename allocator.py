@@ -1,8 +1,10 @@
-"""glibc's allocator told to keep freed memory: on a CPU large tensors otherwise come from and go back to the kernel.
+"""Makes glibc's allocator keep freed memory; otherwise large CPU tensors are requested from and returned to the kernel
+each time.
 
-Every tensor above 128 KiB to 32 MiB (a moving limit) is mapped anew and its pages are zeroed one fault at a time; in a
-training step of width 1.0 that is a fifth of the CPU's time. See mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; the
-variables MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ do the same from outside, and where set they are left alone.
+Every tensor above a moving limit of 128 KiB to 32 MiB is mapped afresh, and its pages are zeroed one fault at a time;
+in a training step at width 1.0 this takes a fifth of the CPU time. See mallopt(3), M_MMAP_THRESHOLD and
+M_TRIM_THRESHOLD; the variables MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ do the same from outside; if set, they
+are respected.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The bits of each layer, or of each value, in a small YAML file that can be read, edited and used again.
+"""The bits of each layer or activation, in a small YAML file that can be read, edited and reused.
 
 layers:
   features.0.0: 8        # a convolution or the classifier, by its name in the network
@@ -18,7 +18,7 @@ PARTS = {"layers": (1, 8, "--weight-bits"), "values": (2, 8, "--act-bits")}  # t
 
 
 def write(path: Path, layers: Mapping[str, int], values: Mapping[str, int], notes: Sequence[str] = ()) -> None:
-    """A YAML file with the bits of layers and values, whichever there are; notes stand in front as comments."""
+    """A YAML file with the bits of layers and values, whichever there are; notes come first, as comments."""
     lines = [f"# {note}" for note in notes]
     for title, bits in (("layers", layers), ("values", values)):
         if bits:
@@ -28,7 +28,7 @@ def write(path: Path, layers: Mapping[str, int], values: Mapping[str, int], note
 
 def read(path: Path) -> tuple[dict[str, int], dict[str, int]]:
     """(bits of layers, bits of values) from a file as `write` makes it; one of them may be missing.
-    UserError, one line, where the file is missing or is no such file."""
+    UserError if the file is missing or is not a bits file."""
     import yaml
 
     try:
@@ -56,11 +56,13 @@ def checked_bits(path: Path, part: str, bits: Any) -> dict[str, int]:
 def check_names(
     path: Path, layers: Mapping[str, int], values: Mapping[str, int], ops: Sequence[Op], uniform: Sequence[bool]
 ) -> None:
-    """UserError where the bits of a file name what the network has not, or leave out what nothing else says: only where
-    `uniform` (of weights, of activations) bits are given too may names be missing."""
+    """UserError if the file names an unknown layer or activation, or omits one although no uniform bits are given for
+    the rest (uniform: whether they are, for weights and for activations)."""
     known = [[op.name for op in some] for some in (weighted(ops), fused_operations(ops)[:-1])]
     for (part, (*_, flag)), bits, names, others in zip(PARTS.items(), (layers, values), known, uniform, strict=True):
         if unknown := [name for name in bits if name not in names]:
-            raise UserError(f"--bits-file {path}: {part} has {unknown[0]!r}, the network has not; one is {names[0]}")
+            raise UserError(
+                f"--bits-file {path}: {part} has {unknown[0]!r}, which is not in the network; an example is {names[0]}"
+            )
         if bits and not others and (missing := [name for name in names if name not in bits]):
             raise UserError(f"--bits-file {path}: {part} lacks {missing[0]}; name it, or give {flag} for the others")

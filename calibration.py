@@ -2,7 +2,7 @@
 
 `quantize_network` takes FP32 `Network`, training images and a `Plan`, and returns a `QuantizedNetwork`. The plain
 method (min-max weights rounded to nearest) needs one look at the activations. The others walk the network once with two
-streams, FP32 values and quantized values, so that each layer is rounded for the inputs that it will really see.
+streams, FP32 values and quantized values, so that each layer is rounded for the inputs it will actually see.
 """
 
 import math
@@ -30,7 +30,7 @@ from quantization import (
 )
 from reconstruction import Reconstruction, reconstruct, tune
 
-POSITIONS = 2**18  # places of a layer's output that its least squares use; more cost time and change nothing
+POSITIONS = 2**18  # output positions per layer used in the least squares; more take longer and change nothing
 # Shrunken weight ranges that coordinate descent tries besides the whole one, by bits.
 SHARES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.9, 0.8, 0.7, 0.6), 4: (0.9, 0.8)}
 
@@ -61,7 +61,7 @@ class Plan:
         return self._bits(self.weight_bits, op.name, self.layer_bits, op in (ops[0], ops[-1]))
 
     def bits_of_value(self, op: Op, ops: Sequence[Op]) -> int | None:
-        """The logits stay FP32; a sum's side that stays in the accumulator has no bits."""
+        """None for the logits, which stay FP32, and for the operand of a sum that stays in the accumulator."""
         if op == ops[-1] or op.name not in stored_values(ops):
             return None
         return self._bits(self.activation_bits, op.name, self.value_bits, op.name in ops[-1].inputs)
@@ -72,18 +72,18 @@ class Plan:
         return max(bits, self.edge_bits) if edge and self.edge_bits else bits
 
 
-FEW_BITS = 3  # of weights or activations: from here down, the ends get 8 bits
-EVEN_BITS = 4  # of activations: from here down, channels are equalized
-TUNE_BITS = 2  # of weights and of activations: where both have no more, scales and biases are tuned
+FEW_BITS = 3  # weights or activations with at most this many: the first and last layers keep 8 bits
+EVEN_BITS = 4  # activations with at most this many: channels are equalized
+TUNE_BITS = 2  # if weights and activations both have at most this many: scales and biases are tuned
 METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
 
 
 def method_plan(
     method: str, weight_bits: int | None, activation_bits: int | None, per_channel: bool = True
 ) -> tuple[Plan, str]:
-    """(plan, name of the method). ValueError for a method that there is not.
+    """(plan, name of the method). ValueError for an unknown method.
 
-    plain: what a first textbook would do: min-max weights rounded to nearest, min-max activations, nothing corrected.
+    plain: the textbook method: min-max weights rounded to nearest, min-max activations, no correction.
     auto: what won on validation images of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent with
     corrected biases; 8 bits at both ends where the rest has 3 or fewer; equalization where activations have 4 or
     fewer; scales and biases tuned where both have 2. reconstruct: the same, then gradients.
@@ -103,11 +103,11 @@ def method_plan(
 
 @torch.inference_mode()
 def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0) -> dict[str, Observation]:
-    """What each value takes on over `images` (uint8 [N, 3, H, W]); about `sample` numbers of each are kept.
+    """The observed range and a sample (about `sample` numbers) of each activation over `images` (uint8 [N, 3, H, W]).
 
-    The end of what ReLU6 made is 6 at the most. Equalized channels have caps of 6 and more, each its own; the quantized
-    network has none but its grid's end. Ending at 6, the grid clips before any cap does, in calibration and in
-    execution alike.
+    The upper end of a ReLU6 output is at most 6. Equalized channels have individual caps of 6 or more, but the
+    quantized network has only its grid's upper end; with the grid ending at 6, it clips before any cap does, both in
+    calibration and in execution.
     """
     generator = torch.Generator().manual_seed(seed)
     lows: dict[str, float] = {}
@@ -120,7 +120,7 @@ def observe(network: Network, images: Tensor, sample: int = 2**15, seed: int = 0
         low, high = (float(v) for v in flat.aminmax())
         high = min(high, 6.0) if op.relu6 else high
         lows[op.name], highs[op.name] = min(low, lows.get(op.name, low)), max(high, highs.get(op.name, high))
-        share = max(1, sample * len(y) // len(images))  # every image counts alike, also those of a short last chunk
+        share = max(1, sample * len(y) // len(images))  # every image counts alike, also in a short last chunk
         picks = torch.randint(len(flat), (min(share, len(flat)),), generator=generator)
         kept.setdefault(op.name, []).append(flat[picks])
         return y
@@ -155,7 +155,7 @@ def quantize_network(
     plan: Plan,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> QuantizedNetwork:
-    """The quantized network; `images`: uint8 [N, 3, H, W], training images. `on_layer(name)` tells progress."""
+    """The quantized network; `images`: uint8 [N, 3, H, W], training images. `on_layer(name)` reports progress."""
     network, plan = prepared(network, images, plan)
     if plan.rounding == "reconstruct":
         start = quantize_network(network, images, replace(plan, rounding="cd", tune=False))
@@ -173,7 +173,7 @@ def quantize_network(
 
 
 def prepared(network: Network, images: Tensor, plan: Plan) -> tuple[Network, Plan]:
-    """(the same function with equal channels, the plan without that step) where the plan asks for it."""
+    """(network with equalized channels, plan without that step) if the plan asks for it, else (network, plan)."""
     if plan.equalize and plan.activation_bits:
         network = equalized(network, images, plan)
     return network, replace(plan, equalize=False)
@@ -181,7 +181,7 @@ def prepared(network: Network, images: Tensor, plan: Plan) -> tuple[Network, Pla
 
 @torch.inference_mode()
 def equalized(network: Network, images: Tensor, plan: Plan, most: int = 256, sample: int = 2048) -> Network:
-    """The same function with channels of about equal range; `sample` numbers of each channel decide."""
+    """The same function with channels of about equal range, estimated from `sample` numbers per channel."""
     generator = torch.Generator().manual_seed(0)
     samples: dict[str, Tensor] = {}
 
@@ -202,7 +202,7 @@ def equalized(network: Network, images: Tensor, plan: Plan, most: int = 256, sam
 
 @dataclass(frozen=True)
 class Streams:
-    """One value over all calibration images, in chunks: as the FP32 network has it, and as the quantized one has."""
+    """One activation over all calibration images, in chunks: in the FP32 network and in the quantized one."""
 
     exact: list[Tensor]
     quantized: list[Tensor]

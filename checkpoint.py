@@ -1,4 +1,4 @@
-"""FP32 checkpoints: weights with all that is needed to use them, loaded without unpickling code.
+"""FP32 checkpoints: weights with everything needed to use them, loaded without unpickling code.
 
 A checkpoint is a `.safetensors` file (header: one JSON document) or, under any other name, a `torch.save` file of plain
 tensors and JSON text, read with `weights_only=True`. Both hold the architecture, the data set and its class names, the
@@ -50,7 +50,7 @@ def to_header(checkpoint: Checkpoint) -> str:
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Writes the checkpoint atomically; the file's ending chooses the format."""
+    """Writes the checkpoint atomically; the file name's suffix selects the format."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state.items()}
     header = to_header(checkpoint)
     if Path(path).suffix == ".safetensors":
@@ -85,14 +85,14 @@ def read_tensors(path: Path, advice: str = "give one that train.py wrote") -> tu
                 header = header.get("checkpoint")
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch comments on foreign files; the error below says enough
+                warnings.simplefilter("ignore")  # torch warns about foreign files; the error below is enough
                 content = dict(torch.load(path, map_location="cpu", weights_only=True))
             ours = content.keys() == {"checkpoint", "state"}
             state, header = (dict(content["state"]), content["checkpoint"]) if ours else (content, None)
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError("it holds other things than tensors")
+            raise ValueError("it contains something other than tensors")
         return state, header
-    except Exception as error:  # the readers raise many kinds; for the user they mean one thing
+    except Exception as error:  # the readers raise many types; to the user they mean the same
         raise UserError(f"{path} is not a checkpoint that can be read safely ({reason(error)}); {advice}") from None
 
 
@@ -101,7 +101,7 @@ def load(path: Path) -> Checkpoint:
     state, header = read_tensors(path)
     if header is None:
         raise UserError(
-            f"{path} is not a checkpoint of this project (weights alone, without the names of their classes and more); "
+            f"{path} is not a checkpoint of this project (bare weights, without class names and other metadata); "
             "only checkpoints that train.py wrote can be used"
         )
     try:
@@ -135,7 +135,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def check_header(checkpoint: Checkpoint) -> None:
-    """ValueError or AttributeError where fields that are used later are of another type or out of range."""
+    """ValueError or AttributeError if a field used later has the wrong type or is out of range."""
     numbers = [checkpoint.metrics.get(name) for name in ("val_size", "split_seed", "seed")]
     texts = (checkpoint.dataset, *checkpoint.classes)
     if not all(n is None or (type(n) is int and 0 <= n < 2**31) for n in numbers):
@@ -159,7 +159,8 @@ def load_state(model: MobileNetV2, state: dict[str, Tensor], path: Path | str) -
 
 
 def check_state(model: MobileNetV2, state: dict[str, Tensor], path: Path | str) -> None:
-    """UserError that names the first missing, surplus or misshapen tensor, unless `state` fits `model` exactly."""
+    """Raises UserError naming the first missing, unexpected or misshapen tensor if `state` does not fit `model`
+    exactly."""
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not a tensor of this network" for name in state if name not in expected]

@@ -1,7 +1,7 @@
 """Settings as frozen dataclasses, read from the command line or from a mapping such as `wandb.config`.
 
-A field made with `option(...)` carries its help, limits and other names; its annotation gives its type. From that come
-the flags (`-` and `_` mean the same), the checks, and the messages: one line that names the flag, exit code 2.
+A field made with `option(...)` carries its help text, limits and aliases; its annotation gives the type. The flags (`-`
+and `_` are equivalent), checks and one-line error messages are derived from these.
 """
 
 import argparse
@@ -71,7 +71,7 @@ METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 def checked(field: dataclasses.Field, value: Any) -> Any:
     """`value` converted to the field's type and within its limits; UserError that names the flag if not.
 
-    None stands for the default, as an empty list does where that is the default.
+    None means the default, and so does an empty list if the default is an empty tuple.
     """
     kind, many = element_type(field.type)
     if value is None or (many and field.default == () and value in ((), [])):
@@ -80,7 +80,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     limits = [f"one of {', '.join(map(str, meta['choices']))}"] if meta["choices"] else [KIND_NAMES[kind]]
     limits += [f"at least {meta['low']}"] if meta["low"] is not None else []
     limits += [f"at most {meta['high']}"] if meta["high"] is not None else []
-    expected = ("a comma list, each " if many else "") + ", ".join(limits)
+    expected = ("a comma-separated list, each " if many else "") + ", ".join(limits)
     parts = [value] if not many else value.split(",") if isinstance(value, str) else value
     if many and not isinstance(parts, list | tuple):
         parts = [parts]

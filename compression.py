@@ -1,20 +1,19 @@
-"""The packed file: a quantized network as dense codes in one small safetensors file, and what each layer costs in it.
+"""The packed file: a quantized network stored densely in one small safetensors file, and the bytes each layer takes. A
+few flat blobs hold the layers' data in the order of the operations (which the architecture determines); the header
+holds one JSON manifest:
 
-A few flat blobs hold what the layers hold, in the order of the operations, which follows from the architecture; the
-manifest is one JSON document in the header:
-
-    codes        uint8    every layer's codes at its own width (`pack_bits`), each layer from a whole byte on
-    stream       uint8    with entropy coding: the layers that it makes smaller (entropy.py); tables: its frequencies
+    codes        uint8    every layer's codes at its own width (`pack_bits`), each layer starting on a byte boundary
+    stream       uint8    with entropy coding: the layers it makes smaller (entropy.py); tables: their frequencies
     scales       float16  [out] a layer, or [1] per tensor
-    zero_points  uint8    packed like the codes; only of layers where one is not the middle code 2^(b-1)
+    zero_points  uint8    packed like the codes; omitted for layers whose zero-points are all 2^(b-1)
     biases       float16  of the quantized layers
     floats       float32  weight, then bias, of every layer that stays in FP32
-    grids        uint8    4 bytes a value: bits (0: FP32), zero-point, scale (float16, little-endian)
+    grids        uint8    4 bytes per activation: bits (0: FP32), zero-point, scale (float16, little-endian)
 
 With entropy coding, scales, zero_points and biases are deflated (zlib; then uint8) where that makes them smaller.
 
-The manifest carries a SHA-256 of the whole file (its own 64 digits read as zeros), so a file that was cut, edited or
-damaged anywhere is refused before anything in it is used; lengths and ranges are checked after that.
+The manifest holds a SHA-256 of the whole file (with the digest itself read as 64 zeros), so a truncated, edited or
+damaged file is rejected before any of it is used; lengths and ranges are checked next.
 """
 
 import hashlib
@@ -36,16 +35,17 @@ from errors import UserError, reason
 from files import obstacle, write_bytes
 from models import Architecture, MobileNetV2
 from network import INPUT, Op, fused_operations, operations, peak_bytes, value_sizes, weighted
-from quantization import Grid, Layer, QuantizedNetwork
+from quantization import BIAS_FRACTION_BITS, Grid, Layer, QuantizedNetwork
 
 FORMAT = "mobilenetv2-cifar-packed"
-VERSION = 1
+VERSIONS = {1: 0, 2: BIAS_FRACTION_BITS}  # version of the format → the network's bias_fraction_bits
 MARK = b'{\\"sha256\\":\\"'  # the manifest begins with its digest; quotes are escaped, for it is JSON within JSON
 BLANK = b"0" * 64
-MOST_HEADER_BYTES, MOST_BYTES = 2**20, 2**31  # beyond these it is no file of ours, and is not read
-DEFLATED = {"scales": torch.float16, "zero_points": torch.uint8, "biases": torch.float16}  # what may be, and is then
+MOST_HEADER_BYTES, MOST_BYTES = 2**20, 2**31  # larger files cannot be ours and are not read
+# Blobs that may be deflated → their dtype once inflated.
+DEFLATED = {"scales": torch.float16, "zero_points": torch.uint8, "biases": torch.float16}
 MOST_INFLATED_BYTES = 2**24
-MOST_CODES = 2**26  # that the entropy coder may make of a few bytes: twice the weights of width 4
+MOST_CODES = 2**26  # upper bound on decoded codes (a few bytes can decode to any number): twice the weights at width 4
 
 
 # ------------------------------------------------------------------------------------------------------- packing bits
@@ -54,7 +54,7 @@ MOST_CODES = 2**26  # that the entropy coder may make of a few bytes: twice the 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes (uint8, any shape, n numbers below 2^bits, 1 <= bits <= 8) → uint8 [ceil(n * bits / 8)], densely.
 
-    Low bits first; a code may lie across bytes; the last byte is filled up with zeros. For 3 bits, codes a, b, c, ...:
+    Low bits first; a code may straddle two bytes; the last byte is padded with zeros. For 3 bits, codes a, b, c, ...:
 
         bit     7   6   5   4   3   2   1   0
         byte 0  c1  c0  b2  b1  b0  a2  a1  a0
@@ -70,8 +70,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_bits`: uint8 [count]. ValueError where `packed` has another length or is not filled with
-    zeros."""
+    """The inverse of `pack_bits`: uint8 [count]. ValueError if `packed` has the wrong length or its padding is not
+    zero."""
     if not 1 <= bits <= 8 or packed.dtype != torch.uint8 or packed.shape != (packed_bytes(count, bits),):
         raise ValueError(f"{count} codes of {bits} bits do not take {packed.numel()} bytes")
     stream = np.unpackbits(packed.cpu().numpy(), bitorder="little")
@@ -95,10 +95,10 @@ def packed_bytes(count: int, bits: int) -> int:
 class LayerSize:
     """One layer's part of the file, in bytes. bits is 32 where the weight stays in FP32.
 
-    code_bytes: the codes as they lie in the file, packed or entropy-coded; then it is what the stream grew by while the
-    layer was coded, a little more or less than its own information, for the lanes hold back up to 2 bytes each.
-    float_bytes: the bias (float16, or float32 where the weight is), and the FP32 weight. What was deflated for all
-    layers together is shared out in proportion.
+    code_bytes: the codes as stored, packed or entropy-coded; in the latter case what the stream grew by while the layer
+    was coded, which differs a little from the layer's own information because each lane holds back up to 2 bytes.
+    float_bytes: the bias (float16, or float32 where the weight is), and the FP32 weight. Blobs deflated for all layers
+    together are divided among the layers in proportion.
     """
 
     name: str
@@ -116,7 +116,7 @@ class LayerSize:
 
     @property
     def weight_bytes(self) -> int:
-        """What stands for the weight: codes, scales and zero-points, or its FP32 numbers; no bias."""
+        """Bytes that encode the weight: codes, scales and zero-points, or FP32 values; without the bias."""
         return 4 * self.numel if self.bits == 32 else self.code_bytes + self.scale_bytes + self.zero_point_bytes
 
 
@@ -128,10 +128,10 @@ class SizeReport:
     grid_bytes: activation grids. table_bytes: the entropy coder's tables and end states, shared by all layers.
     header_bytes: names, manifest, alignment. fp32_bytes: see `fp32_state_bytes`.
 
-    activation_bytes, peak_activation_bytes and their fp32_ kin: all stored values of one 32x32 image summed, and the
-    most alive at once (operation by operation as `fused_operations` has them, in order, nothing recomputed). A value
-    takes its grid's bits an element, rounded up to whole bytes; without a grid (the logits, as a rule) 4 bytes an
-    element. The image is 8-bit pixels where activations are quantized, and float32 where they are not.
+    activation_bytes, peak_activation_bytes and their fp32_ counterparts: the sum over all stored activations of one
+    32x32 image, and the maximum alive at once (operation by operation as `fused_operations` has them, in order, nothing
+    recomputed). A value takes its grid's bits an element, rounded up to whole bytes; without a grid (the logits, as a
+    rule) 4 bytes an element. The image is 8-bit pixels where activations are quantized, and float32 where they are not.
     """
 
     rows: tuple[LayerSize, ...]
@@ -254,7 +254,7 @@ class LayerFormat:
 
 @dataclass(frozen=True)
 class Packed:
-    """All there is in a packed file. formats: one a layer with weights, in order; deflated: names of blobs;
+    """Everything in a packed file. formats: one per weighted layer, in order; deflated: names of blobs;
     total_bytes: the file's size."""
 
     network: QuantizedNetwork
@@ -272,7 +272,7 @@ def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], 
     that are not the architecture's); TypeError where info is not JSON. The old file stays then."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of a file to write the packed model to")
+        raise UserError(f"{path} is a folder; give a file name for the packed model")
     choices = [to_blobs(network, coded) for coded in {False, entropy}]
     contents = [serialise(manifest(network, formats, deflated, info), blobs) for formats, deflated, blobs in choices]
     content = min(contents, key=len)  # a tiny network may not pay for the tables
@@ -293,13 +293,13 @@ def load_packed(path: Path) -> tuple[QuantizedNetwork, dict[str, Any]]:
 
 
 def packed_sizes(path: Path) -> SizeReport:
-    """The SizeReport of a file that is there already: equal to the one that `save_packed` returned."""
+    """The SizeReport of an existing file, equal to the one `save_packed` returned."""
     return report(read(path))
 
 
 def from_zero_point(codes: Tensor, grid: Grid, direction: int) -> Tensor:
-    """Codes [out, k] minus (direction -1) or plus (+1: the inverse) their channel's zero-point, modulo 2^b: with all
-    zeros in one place the codes of a layer are distributed more narrowly, and one table serves all its channels."""
+    """Codes [out, k] minus (direction -1) or plus (+1: the inverse) their channel's zero-point, modulo 2^b: with the
+    zeros of all channels aligned, a layer's codes are distributed more narrowly and one table serves all channels."""
     zero_points = grid.zero_point.cpu().reshape(-1, 1)
     return ((codes.int() + direction * zero_points) & grid.highest).to(torch.uint8)
 
@@ -409,7 +409,7 @@ def manifest(
     return {
         "sha256": BLANK.decode(),
         "format": FORMAT,
-        "version": VERSION,
+        "version": next(v for v, bits in VERSIONS.items() if bits == network.bias_fraction_bits),
         "architecture": asdict(network.architecture),
         "normalization": asdict(network.normalization),
         **digits,
@@ -457,19 +457,19 @@ def read(path: Path) -> Packed:
     """The file's content, all of it checked. UserError as in `load_packed`."""
     content = read_bytes(Path(path))
     if sign(content) != content:
-        raise UserError(f"{path} is damaged or was edited (its checksum does not fit); pack the model again")
+        raise UserError(f"{path} is damaged or was edited (checksum mismatch); pack the model again")
     try:
         from safetensors.torch import load
 
         size = int.from_bytes(content[:8], "little")
         document = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["packed"])
-        if document["format"] != FORMAT or document["version"] != VERSION:
+        if document["format"] != FORMAT or document["version"] not in VERSIONS:
             raise ValueError(f"format {document['format']}, version {document['version']}")
         blobs, formats, deflated = load(content), read_formats(document), tuple(document.get("deflated", ()))
         plain = {**blobs, **{name: inflated_blob(blobs[name], DEFLATED[name]) for name in deflated}}
         network = from_blobs(document, formats, plain)
         return Packed(network, formats, blobs, deflated, dict(document["info"]), len(content))
-    except Exception as error:  # of many kinds with one meaning: the digest fits, but this program did not write it
+    except Exception as error:  # many types, one meaning: the digest matches, but this program did not write the file
         raise UserError(f"{path} is not a packed model that this version can read ({reason(error)})") from None
 
 
@@ -548,7 +548,7 @@ def from_blobs(
         grids = {op.name: unpack_grid(content[4 * i : 4 * i + 4]) for i, op in enumerate(ops)}
         activations = {name: grid for name, grid in grids.items() if grid is not None}
     blobs.finish()
-    return QuantizedNetwork(architecture, normalization, ops, layers, activations)
+    return QuantizedNetwork(architecture, normalization, ops, layers, activations, VERSIONS[document["version"]])
 
 
 def read_grid(blobs: Blobs, form: LayerFormat, out: int) -> Grid:

@@ -1,8 +1,8 @@
 """Images as whole uint8 tensors: loading, caching, splitting, augmenting, normalising.
 
-Every data set becomes uint8 [N, 3, 32, 32] once and is kept in one safetensors file beside its source, so a later start
-reads 60,000 images in a fraction of a second. Batches are cut, augmented and normalised on the device in whole
-tensors (the idea of KellerJordan/cifar10-airbench); there are no worker processes.
+Every data set becomes uint8 [N, 3, 32, 32] once and is kept in one safetensors file beside its source, so later runs
+load 60,000 images in a fraction of a second. Batches are sliced, augmented and normalised as whole tensors on the
+device (the idea of KellerJordan/cifar10-airbench); there are no worker processes.
 
 Data sets: `cifar10`, `cifar100` (Krizhevsky 2009, fetched and checked by torchvision), `folder` (any `train/<class>/*`,
 `test/<class>/*` images, resized to 32x32), `digits` (scikit-learn's 1,797 handwritten digits, no download).
@@ -42,7 +42,8 @@ CACHE_VERSION = "1"
 
 @dataclass(frozen=True)
 class Normalization:
-    """x = (pixel - mean[c]) / std, pixel in 0..255. ValueError or TypeError for other numbers, as from a file."""
+    """x = (pixel - mean[c]) / std, pixel in 0..255. Raises ValueError or TypeError for anything else, e.g. from a
+    damaged file."""
 
     mean: tuple[int, int, int] = (125, 123, 114)  # CIFAR-10's training mean, rounded to whole pixels
     std: float = 64.0  # CIFAR-10's is 63.0, 62.1, 66.7; one value keeps the input a per-tensor grid
@@ -97,7 +98,7 @@ class Dataset:
 
     @functools.cached_property
     def crc32(self) -> str:
-        """CRC-32 of both splits: results on other images are other results."""
+        """CRC-32 of both splits, which identifies the images a result was measured on."""
         return checksum(self.tensors)
 
 
@@ -158,11 +159,12 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def eight_bits(image: Any) -> Any:
-    """A Pillow image: grey of 16 bits as grey of 8 (Pillow's own conversion cuts it off at 255), others as they are."""
+    """The Pillow image with 16-bit grey converted to 8 bits (Pillow's own conversion clips at 255); other modes
+    unchanged."""
     from PIL import Image
 
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of no known range")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
         return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     return image
@@ -181,7 +183,7 @@ def read_cifar(name: str, root: Path) -> Dataset:
         if new:  # torchvision made it; a mistyped name leaves no folder
             with contextlib.suppress(OSError):
                 root.rmdir()
-        own = f"; images of your own would lie in {root / 'train'}, which does not exist, and {root / 'test'}"
+        own = f"; your own images would go in {root / 'train'}, which does not exist, and {root / 'test'}"
         raise UserError(
             f"cannot get {name} ({type(error).__name__}: {reason(error)}); put the whole {kind.filename} (MD5 "
             f"{kind.tgz_md5}) into {root} or give another --data-dir, or try --dataset digits, which needs no "
@@ -239,7 +241,7 @@ def source_fingerprint(name: str, root: Path) -> str:
                 for entry in sorted(entries, key=lambda e: e.name):
                     stat = entry.stat(follow_symlinks=entry.is_file())  # a broken link has only a stat of its own
                     line = f"{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n"
-                    digest.update(os.fsencode(line))  # a name may be no UTF-8
+                    digest.update(os.fsencode(line))  # file names need not be valid UTF-8
                     found = True
     return digest.hexdigest() if found else ""
 
@@ -253,14 +255,14 @@ def default_name(root: Path) -> str:
 
 
 def load(name: str, root: Path) -> Dataset:
-    """The data set `name` whose source is in `root`, from its cache where that is whole and current."""
+    """The data set `name` whose source is in `root`, from its cache if that is intact and up to date."""
     if name not in DATASETS:
         raise UserError(f"--dataset is {name!r}; expected one of {', '.join(DATASETS)}")
     if os.path.exists(root) and not os.path.isdir(root):
         raise UserError(f"--data-dir {root} is a file; give the folder that holds the data set")
     try:
         return read_source(name, Path(root))
-    except OSError as error:  # a folder that is closed to us, a link that leads to itself, a name that is too long
+    except OSError as error:  # no permission, a circular link, a name that is too long
         raise UserError(f"--data-dir {root}: cannot read {error.filename} ({error.strerror})") from None
 
 
@@ -325,7 +327,8 @@ def read_cache(path: Path, name: str, fingerprint: str) -> Dataset | None:
 
 
 def stratified_split(split: Split, held_out: int, seed: int) -> tuple[Split, Split]:
-    """(rest, held out): `held_out` images drawn at random, each class in its share (largest remainders round up)."""
+    """(rest, held out): `held_out` images drawn at random, in proportion to class sizes (largest remainders round
+    up)."""
     if not 0 <= held_out < len(split):
         raise UserError(f"--val-size is {held_out}; expected 0 to {len(split) - 1}, fewer than the training images")
     generator = torch.Generator().manual_seed(seed)
@@ -395,7 +398,8 @@ def batches(split: Split, size: int) -> Iterator[Split]:
 
 
 def normalization_for(name: str, train: Split) -> Normalization:
-    """CIFAR's published statistics for CIFAR; for other data sets those of the training images, rounded alike."""
+    """CIFAR's published statistics for CIFAR; for other data sets those of the training images, rounded the same
+    way."""
     if name.startswith("cifar"):
         return Normalization()
     pixels = train.images[:: max(1, len(train) // 5000)].float()

@@ -1,13 +1,14 @@
-"""Lossless entropy coding of the codes: a range variant of asymmetric numeral systems (rANS), many lanes at once.
+"""Lossless entropy coding of the codes: the range variant of asymmetric numeral systems (rANS), many lanes at once.
 
 Duda, "Asymmetric numeral systems" (2013), section 3.2; lanes as in Giesen, "Interleaved entropy coders" (2014). Every
 lane keeps a state x in [2^16, 2^32); coding a symbol of frequency f and cumulated frequency c (out of 2^14) makes
-x' = (x // f) * 2^14 + x % f + c, after the low 16 bits of x went to the stream if x' would grow too large. The decoder
+x' = (x // f) * 2^14 + x % f + c, after moving the low 16 bits of x to the stream if x' would overflow. The decoder
 undoes this from the other end, 256 lanes in each numpy operation, so Python is fast enough (0.1 s for 2.2 M codes).
 
-One table of frequencies a layer (order 0). Measured on CIFAR-10 weights of width 1.0 after 5 to 10 epochs: with the
-channel's or the column's running magnitude as context the codes take at most 0.5 % less; zstd (level 19), the best of
-the general compressors but for a hair at 2 bits (lzma), takes 1.6 % more than this at 4 bits, 3 % at 3, 14 % at 2.
+One frequency table per layer (order 0). Measured on CIFAR-10 weights of width 1.0 after 5 to 10 epochs: with the
+channel's or the column's running magnitude as context the codes take at most 0.5 % less; zstd (level 19), the best
+general-purpose compressor (lzma is marginally better at 2 bits), takes 1.6 % more than this at 4 bits, 3 % at 3 and 14
+% at 2.
 """
 
 import zlib
@@ -35,7 +36,7 @@ def frequencies(symbols: np.ndarray, bits: int) -> np.ndarray:
     """int64 [2^bits], sum 2^14: the symbols' shares, at least 1 for each symbol that occurs."""
     counts = np.bincount(symbols, minlength=1 << bits)
     table = np.where(counts > 0, np.maximum(1, np.round(counts / len(symbols) * (1 << PRECISION))), 0).astype(np.int64)
-    while excess := int(table.sum()) - (1 << PRECISION):  # rounding's rest is taken from the most frequent symbol
+    while excess := int(table.sum()) - (1 << PRECISION):  # the rounding error is absorbed by the most frequent symbol
         table[table.argmax()] -= min(excess, int(table.max()) // 2) if excess > 0 else excess
     return table
 
@@ -57,7 +58,7 @@ def encode(layers: Sequence[tuple[np.ndarray, int]]) -> Coded:
         words = 0
         for at in reversed(range(0, len(symbols), LANES)):
             f, c = frequency[at : at + LANES], start[at : at + LANES]
-            x = states[: len(f)]  # a view: the last step of a layer may fill some lanes only
+            x = states[: len(f)]  # a view: the last step of a layer may use only some of the lanes
             full = x >= f << (32 - PRECISION)
             chunks.append(x[full].astype("<u2"))  # the low 16 bits
             words += len(chunks[-1])
@@ -71,7 +72,7 @@ def encode(layers: Sequence[tuple[np.ndarray, int]]) -> Coded:
 
 
 def deflate(content: bytes, width: int) -> bytes:
-    """zlib over the first bytes of all numbers of `width` bytes, then the second ones: high bytes are much alike."""
+    """zlib over the first bytes of all numbers of `width` bytes, then the second ones: high bytes are similar."""
     return zlib.compress(np.frombuffer(content, np.uint8).reshape(-1, width).T.tobytes(), 9)
 
 

@@ -1,28 +1,28 @@
-"""Every channel of a value gets about the same range and middle, at no cost in the FP32 function.
+"""Gives every channel of an activation about the same range and centre without changing the FP32 function.
 
-Activations have one grid per tensor, so a channel that uses a tenth of the tensor's range loses three of its bits, and
-one whose numbers lie off the middle loses more. Two exact changes of the network help:
+Activations have one grid per tensor, so a channel that uses a tenth of the tensor's range loses about three bits, and
+one that is off-centre loses more. Two exact changes of the network help:
 
 Factors (Nagel et al. 2019, "Data-Free Quantization", section 4.1; here the ranges are those of the activations, as in
 SmoothQuant, Xiao et al. 2023, section 4):
 
     x'_c = x_c / s_c      W'[o, i] = W[o, i] * s_in[i] / s_out[o]      b'[o] = b[o] / s_out[o]      cap'_c = 6 / s_c
 
-Values that are added, or averaged, share their factors. ReLU6 commutes with the factors when its cap moves along, so
-the FP32 network computes the same function, exactly up to rounding. All s_c are at most 1, hence every cap' is at
-least 6, and a quantizer that ends at 6 or below clips before the cap does: the quantized network needs no caps.
-Rows of weights have grids of their own, so factors of results cost nothing, nor do those of what a depthwise layer
-reads. The columns of other layers become uneven, which costs more than it gains where their weights have fewer bits
-than the value: such values keep their ranges.
+Activations that are added or averaged share their factors. ReLU6 commutes with the factors if its cap is scaled as
+well, so the FP32 network computes the same function up to rounding. All s_c are at most 1, hence every cap' is at least
+6, and a quantizer that ends at 6 or below clips before the cap does: the quantized network needs no caps. Each weight
+row has its own grid, so factors on a layer's output cost nothing, and neither do factors on the input of a depthwise
+layer. The columns of other layers become uneven, which costs more than it gains if their weights have fewer bits than
+the activation: such activations keep their ranges.
 
 Offsets (channel-wise shifting: Wei et al. 2023, "Outlier Suppression+", section 4.1), for the results of the linear
 bottlenecks and their sums. No ReLU follows, and 1x1 convolutions without padding read them:
 
     x'_c = x_c - z_c      b'[o] = b[o] - z_out[o] + sum_i W[o, i] z_in[i]
 
-A sum's offset is the sum of its sides'; as one side comes from a convolution, whose bias can take any offset, every
-stored value has its own. The offset puts the channel's mean between the two middle codes: 2^b levels lie evenly around
-it. (With a code at the mean, 2 bits have three useful levels of four.)
+A sum's offset is the sum of its operands' offsets; since one operand comes from a convolution, whose bias can absorb
+any offset, every stored activation can have its own. The offset puts the channel's mean between the two middle codes:
+2^b levels lie evenly around it. (With a code at the mean, 2 bits have three useful levels of four.)
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from torch import Tensor
 from network import INPUT, Network, Op, accumulated
 from quantization import shares
 
-SMALLEST = 1 / 16  # a channel that is almost silent is not blown up further: its noise would be, too
+SMALLEST = 1 / 16  # an almost silent channel is not amplified further, since its noise would be as well
 
 
 def even_channels(
@@ -164,7 +164,7 @@ def shifted(network: Network, offsets: Mapping[str, Tensor]) -> Network:
             if before[0] is not None:
                 biases[op.name] = biases[op.name] + network.weights[op.name].flatten(1) @ before[0]
             offset = offsets.get(op.name)
-            if op.name in sums and op.name not in offsets:  # it may take any, so that the sum gets its own
+            if op.name in sums and op.name not in offsets:  # it absorbs whatever offset gives the sum its own
                 total, other = sums[op.name].name, moved.get(sums[op.name].inputs[0])
                 offset = offsets.get(total) if other is None else offsets.get(total, other) - other
             if offset is not None:

@@ -1,14 +1,16 @@
-"""Errors that are the user's to mend: one clear line, exit code 2, nothing half written.
+"""Errors the user can fix: one clear line, exit code 2, nothing half-written.
 
 Library code raises `UserError` with a sentence that names the flag or file and what was expected; `run_main` is the
 one place that turns it into `error: ...` on stderr.
 """
 
+import importlib
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -16,15 +18,23 @@ class UserError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What a library's error says, for a message of ours: its first line, not too long, without a terminal's codes."""
+    """A library error's message for use in ours: its first line, shortened, without terminal escape codes."""
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0e-\x1f\x7f]", "", str(error)).strip()
     return plain.splitlines()[0][:120] if plain else type(error).__name__
 
 
+def optional_import(package: str, what: str) -> ModuleType:
+    """A package that not everybody needs; UserError where it is not installed. what: what needs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{what} needs the package {package} ({reason(error)}): pip install {package}") from None
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command line's `main` and exits: 0, its own code, 2 with one line for a `UserError` or a file that fails,
-    130 for Ctrl-C, 141 in silence where nobody reads the output any more."""
-    if callable(signal.getsignal(signal.SIGINT)):  # not where the one who started us has it ignored
+    130 for Ctrl-C, 141 silently if the reader of stdout has gone."""
+    if callable(signal.getsignal(signal.SIGINT)):  # unless our parent process set it to ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)  # until here startup.py's
     try:
         code = main()
@@ -42,6 +52,6 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = 2
     try:
         print(end="", flush=True)
-    except OSError:  # the rest goes nowhere: Python would try once more at the exit, and fail in many lines
+    except OSError:  # discard the rest: Python would try to flush again at exit and print a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code or 0)

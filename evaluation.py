@@ -39,7 +39,7 @@ def normalized(model: Callable[[Tensor], Tensor], normalization: Normalization) 
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`--device`: what it says; without it CUDA, then Apple's MPS, then the CPU.
+    """The device named by `--device`; by default CUDA, else Apple's MPS, else the CPU.
 
     Turns TF32 off: what is reported as FP32 is FP32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -51,7 +51,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # for what asks about, or waits for, the current one
+            torch.cuda.set_device(device)  # for calls that use the current device implicitly
         return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(

@@ -1,8 +1,8 @@
 """Files that are either there and whole, or not there: atomic writes.
 
 A write goes to a temporary file in the same folder, is flushed to the disk, and takes the name in one step
-(`os.replace`, POSIX rename). A `kill -9` at any moment leaves the file that was there before. A link stays a link: what
-it leads to is written.
+(`os.replace`, POSIX rename). A `kill -9` at any moment leaves the file that was there before. A symbolic link stays a
+link: its target is written.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from errors import UserError
 
-STALE_SECONDS = 3600  # a temporary file older than this belongs to no write that still goes on
+STALE_SECONDS = 3600  # no write takes this long: an older temporary file is a leftover
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -37,11 +37,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
                 os.unlink(name)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a writable location") from None
 
 
 def link_end(path: Path) -> Path:
-    """The place that `path` names, links followed. OSError where they go round in a circle."""
+    """The place that `path` names, links followed. OSError for circular links."""
     end = os.path.realpath(path)
     if os.path.islink(end):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -70,12 +70,12 @@ def check_writable(path: Path) -> None:
             if time.time() - left_over.stat().st_mtime > STALE_SECONDS:
                 left_over.unlink()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a place that can be written") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a writable location") from None
 
 
 def obstacle(path: Path) -> str | None:
-    """Why `path` cannot be read as a file ("does not exist", ...); None where it can. Raises nothing, unlike pathlib's
-    questions, which do in folders that are closed to us."""
+    """Why `path` cannot be read as a file ("does not exist", ...); None where it can. Never raises, unlike pathlib's
+    is_file and friends, which do in folders without permission."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -90,7 +90,7 @@ def obstacle(path: Path) -> str | None:
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
     """Holds a lock file beside `path`. wait: until another program lets go of it; else UserError where one holds it.
-    The system lets go when the process ends, however it ends."""
+    The operating system releases it when the process ends, however it ends."""
     try:
         end = link_end(path)
         end.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"another program writes {path} now; wait for its end, or choose another place") from None
+            raise UserError(f"another program is writing {path}; wait for it, or choose another place") from None
         except OSError:  # a file system without locks
             pass
         yield

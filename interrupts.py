@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next good place, instead of an end in the middle of something."""
+"""Ctrl-C and SIGTERM as a request to stop at the next safe point, instead of in the middle of something."""
 
 import contextlib
 import signal
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """A signal of this number came, and the work stopped at a place from which it can go on."""
+    """A signal (`number`) arrived, and the work stopped at a point from which it can be resumed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -17,7 +17,8 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def signals_caught() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM add their number to, instead of ending the program; a second Ctrl-C ends it."""
+    """A list that Ctrl-C and SIGTERM add their number to, instead of ending the program; a second Ctrl-C ends the
+    program."""
     received: list[int] = []
 
     def receive(number: int, _: FrameType | None) -> None:

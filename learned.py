@@ -1,15 +1,17 @@
 """A quantized network with gradients: codes, step sizes and biases as parameters, for reconstruction.py and qat.py.
 
-A forward pass computes what integer hardware will compute, but for ties that float32 breaks the other way: codes are
+A forward pass computes what integer hardware will compute, except for ties that float32 breaks the other way: codes are
 rounded to whole numbers, scales to float16, biases to float16 and to whole multiples of (weight scale x input scale).
 Backwards, rounding counts as the identity
 (straight-through estimator: Bengio et al. 2013).
 
-Weights: w = s * clip(round(v), low, high) with v in units of the step s, so that all weights move alike under Adam: a
-folded network has channels a hundredfold apart. dL/dv = s dL/dw, dL/ds = sum u dL/dw.
-Activations: learned step size quantization, LSQ (Esser et al. 2020, equations 1-3): y = s * clip(round(x / s)), with
-dy/ds = round(x / s) - x / s inside, the end itself outside. Scales are learned as logarithms, so that one learning rate
-fits all. Zero-points stay what calibration chose.
+Weights: w = s * clip(round(v), low, high) with v in units of the step s, so that all weights move at the same rate
+under Adam (channels of a folded network differ in scale by a factor of a hundred). dL/dv = s dL/dw, dL/ds = sum u
+dL/dw.
+
+Activations: learned step size quantization, LSQ (Esser et al. 2020, equations 1-3): y = s * clip(round(x / s)),
+with dy/ds = round(x / s) - x / s inside the range, and the bound itself outside. Scales are learned as logarithms, so
+that one learning rate fits all. Zero-points stay what calibration chose.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from network import INPUT, Network, Op, apply_float, relu6, walk
-from quantization import Grid, Layer, QuantizedNetwork, round_bias, round_scale
+from quantization import (
+    Grid,
+    Layer,
+    QuantizedNetwork,
+    fraction_factor,
+    largest_pixel,
+    round_bias,
+    round_scale,
+)
 
 MARGIN = 0.45  # how far from its code a latent code may start, in steps; at 0.5 it would be another code
 Drop = Callable[[Tensor, Tensor], Tensor]
@@ -54,7 +64,7 @@ class LearnedNetwork(nn.Module):
             if grid := start.activations.get(op.name):
                 self.value_scales[key(op.name)] = grid.scale.log()
                 self.value_ends[op.name] = tuple(int(end) for end in code_ends(grid, 0))
-                if op.relu6:  # the grid ends where ReLU6 does at the latest, for it does the clipping
+                if op.relu6:  # the grid must not extend beyond ReLU6's cap, since it does the clipping
                     end = float(network.caps[op.name].max()) if op.name in network.caps else 6.0
                     self.largest_scales[op.name] = end / grid.highest
 
@@ -79,17 +89,25 @@ class LearnedNetwork(nn.Module):
         return drop(relu6(y, self.caps.get(op.name)) if op.relu6 else y, quantized) if drop else quantized
 
     def weight_and_bias(self, op: Op) -> tuple[Tensor, Tensor]:
-        """As real numbers. Before integer sums the bias is a whole multiple of what one unit of the sum stands for."""
+        """As real numbers. The bias is a whole multiple of the unit of the integer sums (`quantization.prepare`)."""
         bias = self.biases[key(op.name)]
         scale = self.weight_scale(op.name)
         if scale is None:
             return self.latent[key(op.name)], bias
-        weight = self.codes(op.name) * scale.view(-1, *(1,) * (self.latent[key(op.name)].ndim - 1))
+        codes = self.codes(op.name)
+        weight = codes * scale.view(-1, *(1,) * (codes.ndim - 1))
         bias = straight_through(bias, bias.half().float())
         if self.start.activations:
-            unit = (scale * self.input_scale(op)).detach()
-            bias = straight_through(bias, (bias / unit).round() * unit)
+            bias = straight_through(bias, self.on_the_sums_grid(op, codes.detach(), scale.detach(), bias.detach()))
         return weight, bias
+
+    def on_the_sums_grid(self, op: Op, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        """The bias as integer execution adds it to sums of `codes`."""
+        input_scale, end = self.input_grid(op)
+        unit = scale * input_scale
+        largest = (codes.abs().flatten(1).sum(1) * end + (bias / unit).abs()).max()
+        unit = unit / fraction_factor(largest, self.start.bias_fraction_bits)
+        return (bias / unit).round() * unit
 
     def codes(self, name: str) -> Tensor:
         """The hard codes of a layer, zero-point taken off, as real numbers with straight-through gradients."""
@@ -113,14 +131,16 @@ class LearnedNetwork(nn.Module):
             scale = AtMost.apply(scale, self.largest_scales[op.name])
         return straight_through(scale, round_scale(scale))
 
-    def input_scale(self, op: Op) -> Tensor:
-        """What one step of its input stands for in the whole network; a block's own list calls that value INPUT."""
+    def input_grid(self, op: Op) -> tuple[Tensor | float, float]:
+        """(scale, largest integer) of a layer's input in the whole network; a block's own list calls it INPUT."""
         source = self.sources[op.name]
-        return torch.tensor(1 / self.start.normalization.std) if source is None else self.value_scale(source)
+        if source is None:
+            return 1 / self.start.normalization.std, largest_pixel(self.start.normalization)
+        return self.value_scale(source).detach(), max(-self.value_ends[source.name][0], self.value_ends[source.name][1])
 
     @torch.no_grad()
     def quantized(self) -> QuantizedNetwork:
-        """What would be packed now; on the CPU."""
+        """The network as it would be packed now, on the CPU."""
         layers, activations = {}, {}
         for op in self.start.ops:
             if op.has_weight:
@@ -186,8 +206,8 @@ straight_through = StraightThrough.apply
 
 
 class AtMost(torch.autograd.Function):
-    """min(x, most). Above, clamp's gradient is 0, and a scale that once came there would stay for good; here it finds
-    back: what would lower x passes."""
+    """min(x, most). Above `most`, clamp has zero gradient, so a scale that got there would stay for good; here
+    gradients that lower x still pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
@@ -204,8 +224,8 @@ class AtMost(torch.autograd.Function):
 class Quantize(torch.autograd.Function):
     """scale * clip(round(x / scale), low, high) with LSQ's gradients.
 
-    It runs over every value of the network, so what it costs is the passes over memory: four forwards, and backwards
-    one for the gradient of x and two sums. It keeps x / scale and its own result, which the next layer keeps anyway.
+    It runs on every activation, so its cost is memory passes: four in the forward pass; in the backward pass one for
+    the gradient of x and two sums. It saves x / scale and its own result, which the next layer saves anyway.
     """
 
     @staticmethod
@@ -226,7 +246,7 @@ class Quantize(torch.autograd.Function):
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """The sum of a * b, [], without a tensor of products; images [N, C, H, W] lie in channels_last."""
     flat = [t.permute(0, 2, 3, 1).flatten() if t.ndim == 4 else t.flatten() for t in (a, b)]
-    if a.dtype == torch.bfloat16:  # its own dot product rounds products or the sum to 8 bits, and is slow on a CPU
+    if a.dtype == torch.bfloat16:  # bfloat16's dot product rounds to 8 bits and is slow on a CPU
         flat = [t.float() for t in flat]
     return torch.dot(*flat)
 

@@ -2,7 +2,7 @@
 
 Folding (Jacob et al. 2018, section 3.2): W' = W * gamma / sqrt(var + eps), b' = beta - mean * gamma / sqrt(var + eps),
 for each output channel. What runs over the network (FP32, observing, rounding layer by layer, integer arithmetic) is
-one loop, `walk`, with another function for "do this operation".
+one loop, `walk`, with a different function for "do this operation".
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ class Op:
 class Network:
     """ops in order; weights: name → [out, in/groups, kh, kw] or [out, in]; biases: name → [out]. All FP32.
 
-    caps: name → [out], where ReLU6 ends at other numbers than 6, one a channel (equalization.py).
+    caps: name → [out], the caps of ReLU6, one per channel, if not 6 (equalization.py).
     """
 
     architecture: Architecture
@@ -106,8 +106,9 @@ def fused_operations(ops: Sequence[Op]) -> tuple[Op, ...]:
     """The operations as integer hardware runs them: a sum is part of the convolution that makes one of its sides.
 
     A linear bottleneck whose only use is the sum stays in the accumulator, in int32; the other side is added to it
-    there before the one requantization (epilogue fusion, as in CUTLASS and TensorRT). So this side never lies in memory
-    and takes no grid. The fused operation has the sum's name, and the convolution's input besides the other side.
+    there before the one requantization (epilogue fusion, as in CUTLASS and TensorRT). So this operand is never written
+    to memory and needs no grid. The fused operation takes the sum's name; its inputs are the convolution's input and
+    the other operand.
     """
     sums = accumulated(ops)
     return tuple(
@@ -118,7 +119,7 @@ def fused_operations(ops: Sequence[Op]) -> tuple[Op, ...]:
 
 
 def stored_values(ops: Sequence[Op]) -> frozenset[str]:
-    """Names of the values that lie in memory: all results but those that a sum takes from the accumulator."""
+    """Names of the values that lie in memory: all results except those that a sum takes from the accumulator."""
     return frozenset(op.name for op in fused_operations(ops))
 
 
@@ -157,7 +158,8 @@ def walk(ops: Sequence[Op], first: Value, do: Callable[[Op, list[Value]], Value]
 def resume(
     ops: Sequence[Op], values: Mapping[str, Value], name: str, value: Value, do: Callable[[Op, list[Value]], Value]
 ) -> Value:
-    """`walk` from the middle: `ops` are those left; `value`, called `name`, and `values` those made that they need."""
+    """`walk` from the middle: `ops` are the remaining operations; `values`, and `value` under the name `name`, are the
+    results they need."""
     last_use = {name: i for i, op in enumerate(ops) for name in op.inputs}
     values, result = {**values, name: value}, value
     for i, op in enumerate(ops):

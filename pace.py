@@ -1,7 +1,7 @@
-"""How long a training run still takes: an estimate that stays true when steps become dearer and evaluations pause it.
+"""Time remaining of a training run: an estimate that holds when steps get slower and evaluations interleave.
 
-Work is counted in the cost of what is done, not in steps: an epoch at small images costs less than one at large ones,
-and an evaluation costs its share. Time left = work left x time per work so far.
+Work is counted in the cost of what is done, not in steps: an epoch on small images costs less than one on large images,
+and evaluations are counted too. Time left = work left x time per work so far.
 """
 
 import copy
@@ -38,7 +38,8 @@ class Work:
 
 
 def seconds_left(work: Work, first: float, now: float, elapsed: float) -> float | None:
-    """Seconds from work `now` to the end, where work `first` to `now` took `elapsed` seconds; None before a start."""
+    """Seconds from work `now` to the end, where work `first` to `now` took `elapsed` seconds; None before any work is
+    done."""
     return (work.total - now) * elapsed / (now - first) if now > first and elapsed > 0 else None
 
 
@@ -68,7 +69,7 @@ def clock_text(seconds: float) -> str:
 
 
 def new_bar(disable: bool | None = None) -> tqdm:
-    """A bar from 0 to 100 %, for `show`; by itself it is hidden where stderr is no terminal."""
+    """A bar from 0 to 100 %, for `show`; by default it is hidden if stderr is not a terminal."""
     layout = "{percentage:3.0f} %|{bar:30}| {elapsed}{postfix}"
     return tqdm(total=100.0, bar_format=layout, miniters=0, mininterval=0.2, disable=disable)
 

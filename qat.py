@@ -1,10 +1,11 @@
-"""Quantization-aware fine-tuning: a post-training quantized network trained on, its FP32 network as the teacher.
+"""Quantization-aware fine-tuning: trains a post-training quantized network further, with the FP32 network as teacher.
 
-What is trained is learned.py's network: batch norm folded, all codes, step sizes and biases as parameters, rounding
-passed straight through (LSQ: Esser et al. 2020). The loss is distillation (Hinton et al. 2015, section 2, temperature
-1; for quantization: Mishra & Marr 2018): (1 - share) * cross-entropy(labels) + share * KL(teacher || student). One Adam
-rate fits all, for codes are in units of their step and scales are logarithms. Epochs, schedule, augmentation, resuming
-and the choice of the best epoch are those of training.py and train.py; the result is a packed file like test.py's.
+What is trained is learned.py's network: batch norm folded, all codes, step sizes and biases as parameters, with
+straight-through gradients for rounding (LSQ: Esser et al. 2020). The loss is distillation (Hinton et al. 2015, section
+2, temperature 1; for quantization: Mishra & Marr 2018): (1 - share) * cross-entropy(labels) + share * KL(teacher ||
+student). One Adam rate fits all, for codes are in units of their step and scales are logarithms. Epochs, schedule,
+augmentation, resuming and the choice of the best epoch are those of training.py and train.py; the result is a packed
+file like test.py's.
 """
 
 import dataclasses
@@ -32,13 +33,13 @@ from quantization import float_network, predictor
 from subject import data_flag, folded, split_as_trained, split_of
 from training import Recipe, State
 
-IMAGES = 512  # that calibrate the first network; fine-tuning makes more of them needless
+IMAGES = 512  # calibration images for the initial network; fine-tuning makes more unnecessary
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What a run of fine-tuning works with: the FP32 network and its quantized form, the images that its checkpoint
-    was trained on and chosen by (split_seed drew the latter), and the cells of results.csv that are known before."""
+    """What a run of fine-tuning works with: the FP32 network and its quantized form, the images its checkpoint was
+    trained on and selected by (the latter drawn with split_seed), and the results.csv cells known in advance."""
 
     teacher: Network
     model: LearnedNetwork
@@ -58,7 +59,7 @@ def first_tuning(
 ) -> FineTuning:
     """Loads the checkpoint and quantizes it post-training, by the method `auto`. Bits None: FP32.
 
-    The validation images are those that chose the checkpoint. UserError where settings and files do not fit.
+    The validation images are those that chose the checkpoint. UserError if settings and files do not match.
     """
     if not weight_bits and not activation_bits:
         raise UserError("--qat needs --weight-quant-bits or --activation-quant-bits, 2 to 8")

@@ -2,14 +2,14 @@
 
 A grid is (bits, scale, zero-point): code q in 0 .. 2^bits - 1 stands for the real number scale * (q - zero_point)
 (Jacob et al. 2018, equation 1). Weights have one grid per output channel or one per tensor, activations one per tensor.
-Choosing a grid (`weight_grid`, `activation_grid`) is apart from applying it (`quantize`, `dequantize`).
+Choosing a grid (`weight_grid`, `activation_grid`) is separate from applying it (`quantize`, `dequantize`).
 
 `integer_forward` runs a quantized network on the codes themselves, held in float32: sums of products of integers are
-exact there below 2^24, so with both weights and activations quantized the result is that of int32 hardware, to the
-last code, whatever the batch size or device. (A layer whose sums may be larger, as in wide networks at 8 bits, runs in
-float64: exact below 2^53. So does the stem on CUDA, see `transformed`. No trained network comes near int32's 2^31.)
-Scales and biases are rounded to float16 when a grid is made, before anything is evaluated: what is evaluated is what is
-packed. No quantization API of torch is used.
+exact there below 2^24, so with both weights and activations quantized the result is that of int32 hardware, to the last
+code, whatever the batch size or device. (A layer whose sums may exceed that, as in wide networks at 8 bits, runs in
+float64, which is exact below 2^53; so does the stem on CUDA, see `transformed`. No trained network comes near int32's
+limit of 2^31.) Scales and biases are rounded to float16 when a grid is made, before anything is evaluated: what is
+evaluated is what is packed. No quantization API of torch is used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +25,11 @@ from models import Architecture
 from network import INPUT, Network, Op, walk
 
 HALF_MAX = 65504.0  # the largest float16
-SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; a channel whose range asks for less gets fewer levels
-# On a CPU images go through in parts, in evaluation and in calibration, whose activations stay in the cache: two to
-# four times as fast as 256 at once.
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; a channel that would need a smaller scale uses fewer levels
+# On a CPU, images are processed in chunks whose activations fit the cache: two to four times as fast as 256 at once.
 CACHE_IMAGES = 32
-EXACT = 2**24  # float32 holds all integers below
+EXACT = 2**24  # float32 represents every integer below this
+BIAS_FRACTION_BITS = 16  # of one unit of the sums, at most: as many as float32 has room for in most layers
 WEIGHT_RANGES = ("minmax", "mse")
 ACTIVATION_RANGES = ("minmax", "percentile", "mse")
 
@@ -47,7 +47,7 @@ class Grid:
         return 2**self.bits - 1
 
     def shaped(self, ndim: int) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point) with dimensions added behind, to broadcast over a tensor [channels, ...] of `ndim`."""
+        """(scale, zero_point) with trailing dimensions added, to broadcast over a tensor [channels, ...] of `ndim`."""
         shape = (-1,) + (1,) * (ndim - 1) if self.scale.ndim else ()
         return self.scale.reshape(shape), self.zero_point.reshape(shape)
 
@@ -79,7 +79,8 @@ def round_bias(bias: Tensor) -> Tensor:
 
 
 def within_half(numbers: Tensor, what: str) -> Tensor:
-    """`numbers`; UserError where float16 cannot hold one of them, as of weights or norms that grew without limit."""
+    """`numbers`; UserError if one of them exceeds float16's range, as when weights or norms have grown without
+    bound."""
     largest = float(numbers.abs().max())
     if not largest < HALF_MAX + 8:  # what rounds to HALF_MAX; NaN is not below it either
         raise UserError(
@@ -121,7 +122,7 @@ def weight_grid(
     """The grid of a weight [out, ...]; scale and zero-point of shape [out], or [] where not `per_channel`.
 
     minmax: the whole range. mse: of `steps` shrunken ranges (down to a fifth) the one with the least squared error; the
-    whole range is among them, so it is never worse than minmax on what it minimises.
+    whole range is among them, so it is never worse than minmax in squared error.
     """
     rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
     low, high = rows.amin(1), rows.amax(1)
@@ -142,7 +143,7 @@ def shares(steps: int) -> list[float]:
 
 
 def pick(candidates: Sequence[Grid], name: str, best: Tensor) -> Tensor:
-    """For each channel, that field of its best candidate."""
+    """[channels]: the field `name` of each channel's best candidate."""
     return torch.stack([getattr(g, name) for g in candidates]).gather(0, best.unsqueeze(0)).squeeze(0)
 
 
@@ -160,8 +161,9 @@ def activation_grid(
 ) -> Grid:
     """The per-tensor grid of a value. Unsigned values (after ReLU6) have zero-point 0, others an asymmetric grid.
 
-    minmax: all that was seen. percentile: from 100 less it to it, of the sample (99: the middle 98 %), inside of what
-    minmax takes. mse: least squared error over the sample, ends searched alternately among shrunken ones.
+    minmax: the whole observed range. percentile: the sample's percentiles 100 - p and p (p = 99 keeps the middle 98 %),
+    within the observed range. mse: the range of least squared error over the sample, found by shrinking both ends in
+    turn.
     """
     low, high = (0.0 if unsigned else min(seen.low, 0.0)), max(seen.high, 0.0)
     if range_ == "percentile":
@@ -213,13 +215,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class QuantizedNetwork:
-    """layers: name → Layer; activations: name of a value → its grid, empty where activations stay FP32."""
+    """layers: name → Layer; activations: name of a value → its grid, empty where activations stay FP32.
+
+    bias_fraction_bits: biases are added to the integer sums in units of 2^-k, k up to this (see `prepare`)."""
 
     architecture: Architecture
     normalization: Normalization
     ops: tuple[Op, ...]
     layers: Mapping[str, Layer]
     activations: Mapping[str, Grid]
+    bias_fraction_bits: int = BIAS_FRACTION_BITS
 
 
 def quantize_layer(weight: Tensor, bias: Tensor, grid: Grid | None) -> Layer:
@@ -239,7 +244,8 @@ def with_layers(network: QuantizedNetwork, changes: Mapping[str, Layer]) -> Quan
 
 @dataclass(frozen=True)
 class Step:
-    """One prepared operation on values u that stand for scale * u. weight, bias: of the integer sums, or real ones.
+    """One prepared operation on values u that represent scale * u. weight, bias: integers, or real numbers if not
+    quantized.
 
     multiplier: [1, out, 1, 1] or [1, out] or a number per input; low, high: the output's ends, None for no grid.
     largest: a bound on every partial sum, where they are sums of integers; from EXACT up weight and bias are float64.
@@ -255,13 +261,16 @@ class Step:
 
 
 def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> list[Step]:
-    """The steps of `integer_forward`, computed once a network: integer weights, int32 biases, requantization factors.
+    """The steps of `integer_forward`, computed once per network: integer weights, int32 biases, requantization factors.
 
     A quantized value u is q - zero_point, an integer; an FP32 value is itself with scale 1.
+
+    Sums and bias are both in units of 2^-k of the product of the scales (hardware shifts the sum to the left by k). At
+    few bits that product is as large as the output's step, and a bias rounded to whole multiples of it would undo the
+    bias correction: 13 points of accuracy at 2-bit weights and activations.
     """
     scales = {INPUT: 1.0 / network.normalization.std}
-    mean = network.normalization.mean
-    highest = {INPUT: float(max(255 - min(mean), max(mean)))}  # of the integers that a value holds
+    highest = {INPUT: largest_pixel(network.normalization)}  # of the integers that a value holds
     steps = []
     for op in network.ops:
         grid = network.activations.get(op.name)
@@ -283,9 +292,12 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
             weight = weight / layer_scale.view(-1, *(1,) * (weight.ndim - 1))
             bias = bias / (layer_scale * inputs[0])
             if layer.grid:  # exact integers
-                weight, bias = weight.round(), bias.round()
+                weight = weight.round()
                 most = highest.get(op.inputs[0], 0.0)  # 0: real numbers
-                largest = float((weight.abs().flatten(1).sum(1) * most + bias.abs()).max())
+                sums = (weight.abs().flatten(1).sum(1) * most + bias.abs()).max()
+                shift = fraction_factor(sums, network.bias_fraction_bits)
+                weight, bias, layer_scale = weight * shift, (bias * shift).round(), layer_scale / shift
+                largest = float(sums * shift)
             factor = (layer_scale * inputs[0] / out).float().view(1, -1, *(1,) * (weight.ndim - 2)).to(device)
         else:
             weight = weight * inputs[0]
@@ -298,16 +310,27 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
     return steps
 
 
+def fraction_factor(largest: Tensor, most: int) -> Tensor:
+    """2^k, [], with the largest k from 0 to `most` such that sums bounded by `largest`, shifted by k bits, are exact in
+    float32 (k = 0 where they are not exact as they are)."""
+    return torch.exp2(((EXACT / (largest + 1)).log2().ceil() - 1).clamp(0, most))
+
+
+def largest_pixel(normalization: Normalization) -> float:
+    """The largest integer of an image with the mean subtracted."""
+    return float(max(255 - min(normalization.mean), max(normalization.mean)))
+
+
 def transformed(op: Op, weight: Tensor, device: torch.device | str) -> bool:
-    """Whether cuDNN might run the layer by Winograd's or Fourier's transform, whose float32 sums of integers are not
-    exact (of a stem's, by tiles of 4x4, four in five are off): a dense convolution over more than one place. It has
-    neither for float64."""
+    """Whether cuDNN might run the layer with a Winograd or FFT algorithm, whose float32 integer sums are not exact
+    (with 4x4 tiles, four in five of the stem's outputs are off): a dense convolution with a kernel larger than 1x1.
+    cuDNN has neither algorithm for float64."""
     dense = op.kind == "conv" and not op.depthwise and weight.shape[-1] > 1
     return dense and torch.device(device).type == "cuda"
 
 
 def run_step(step: Step, inputs: Sequence[Tensor]) -> Tensor:
-    """One operation on prepared values; writes only to tensors that it made."""
+    """One operation on prepared values; modifies only tensors it created itself."""
     op = step.op
     if op.kind == "add":
         y = torch.mul(inputs[0], step.multiplier[0]).add_(torch.mul(inputs[1], step.multiplier[1]))

@@ -8,16 +8,16 @@ tuned in the same way on the FP32 network's logits, KL(p || p^) (Hinton et al. 2
 
 Codes: AdaRound (Nagel et al. 2020, equation 21) lets each code move softly between two neighbours of the FP32 weight.
 Coordinate descent's codes are often further away, and depend on each other: a soft start between neighbours loses them,
-and a short run does not find them again. So each code is a latent number v that rounds to the start's code and lies
-towards the FP32 weight, moved by straight-through gradients: the first step starts from exactly the start's loss, and a
-code may move as far as it pays. Scales of weights and values are learned (LSQ: Esser et al. 2020; see learned.py).
-Each number inside a block, and of its input, may stay real with probability `drop` (QDrop: Wei et al. 2022, section
-4.2). The paper trains for many thousand steps; in a few hundred it makes a step dearer and showed no clear gain.
+and a short run does not recover them. So each code is a latent number v that rounds to the initial code, offset towards
+the FP32 weight, and is trained with straight-through gradients: training begins at exactly the initial loss, and a code
+may move as far as it helps. Scales of weights and values are learned (LSQ: Esser et al. 2020; see learned.py). Each
+number inside a block, and of its input, may stay real with probability `drop` (QDrop: Wei et al. 2022, section 4.2).
+The paper trains for many thousand steps; in a few hundred it makes each step slower and showed no clear gain.
 
 `tune` is the last stage alone, from any start.
 
-Some of the images are held out. What a stage finds is kept only where it lowers the stage's loss there, of the
-network rounded as it will be packed; and the whole only where the divergence is lower than the start's.
+Some of the images are held out. A stage's result is kept only if it lowers the stage's loss on those images, with the
+network rounded as it will be packed; the final result only if its divergence is below the initial one.
 """
 
 import itertools
@@ -61,7 +61,7 @@ def reconstruct(
 ) -> QuantizedNetwork:
     """`start` with better codes, scales and biases; the same seed gives the same network.
 
-    images: uint8 [N, 3, H, W], training images; of a single one nothing is learned, as in `tune`. Progress:
+    images: uint8 [N, 3, H, W], training images; with a single image nothing is learned (as in `tune`). Progress:
     on_layer(name) for every layer with weights, on_stage(name of its last operation, loss before, loss after) for every
     stage, on the held-out images; at the end with the name `network` and the losses of the start and the result.
     """
@@ -90,7 +90,7 @@ def tune(
 ) -> QuantizedNetwork:
     """`start` with scales and biases tuned on the FP32 network's logits; its codes stay. Arguments: see `reconstruct`.
 
-    A single image leaves none to decide by: then nothing is tuned.
+    With a single image none can be held out, so nothing is tuned.
     """
     if len(images) < 2:
         return start
@@ -103,7 +103,7 @@ def tune(
 class Stage:
     """What is improved at once: operations `ops` of the model, from `quantized` inputs (mixed with `exact` ones)
     towards `target`, all [N, ...]; loss(results, targets) is a mean over images. The last `held_out` ones decide.
-    with_codes: whether codes may move; over few images the logits alone do not say well enough where to."""
+    with_codes: whether codes may move; with few images the logits alone do not determine them well."""
 
     model: LearnedNetwork
     ops: tuple[Op, ...]
@@ -172,7 +172,7 @@ def improve(stage: Stage, settings: Reconstruction, generator: torch.Generator) 
     first = stage.hard_loss()
     fit(stage, settings, generator)
     last = stage.hard_loss()
-    if last < first:  # a loss that is not a number is no better either
+    if last < first:  # NaN counts as no improvement
         return first, last
     stage.model.load_state_dict(before)
     return first, first

@@ -1,7 +1,7 @@
-"""Results as tables and figures: one row a measured configuration, columns named as in results.csv.
+"""Results as tables and figures: one row per measured configuration, columns named as in results.csv.
 
 Shared by test.py (its plot), the notebook and `make sweep`. A frame comes from a file (`read_results`), from rows
-(`to_frame`) or from a W&B sweep (`fetch_sweep`, by way of tracking.py). pandas, plotly and matplotlib cost seconds to
+(`to_frame`) or from a W&B sweep (`sweepresults.fetch_sweep`). pandas, plotly and matplotlib cost seconds to
 import, so each function imports what it needs. Sizes are in MB of 10^6 bytes, accuracies in percent.
 """
 
@@ -51,7 +51,7 @@ PLOTLY_SETTINGS = {"displaylogo": False, "responsive": True, "modeBarButtonsToRe
 def to_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as a frame with results.csv's columns typed: bits whole numbers (empty = 32), numbers float64.
 
-    Rows without an accuracy are dropped: they are no results. Columns that are missing come in as NaN.
+    Rows without an accuracy are dropped; missing columns are filled with NaN.
     """
     import pandas as pd
 
@@ -71,7 +71,7 @@ def read_results(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        text = dict.fromkeys(("checkpoint_hash", "dataset_crc32"), str)  # eight digits may be decimal ones
+        text = dict.fromkeys(("checkpoint_hash", "dataset_crc32"), str)  # eight hex digits may look like a number
         return to_frame(pd.read_csv(path, dtype=text).to_dict("records"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; test.py writes it, see --output") from None
@@ -92,7 +92,7 @@ def names(frame: pd.DataFrame) -> list[str]:
 def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that no other row beats: none is at most as large and more accurate, or smaller and as accurate.
 
-    Sorted by size; of equal rows the first.
+    Sorted by size; of equal rows the first is kept.
     """
     ordered = frame[frame[SIZE].notna()].sort_values([SIZE, ACCURACY], ascending=[True, False], kind="stable")
     best_before = ordered[ACCURACY].cummax().shift(fill_value=-math.inf)
@@ -100,10 +100,10 @@ def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def batch_effect(frame: pd.DataFrame) -> pd.DataFrame:
-    """Per configuration: over which batch sizes it ran, and how far accuracy and speed moved with them.
+    """Per configuration: the batch sizes it ran with, and how accuracy and speed varied with them.
 
     `spread` is the highest minus the lowest accuracy in points. Each image is evaluated by itself on frozen ranges,
-    so it should be 0; configurations that ran at one batch size only show nothing and are left out.
+    so it should be 0; configurations that ran with only one batch size are left out.
     """
     import pandas as pd
 
@@ -140,10 +140,10 @@ MILESTONES = (  # title, bits of the weights (None: any), of the activations fro
 
 
 def milestones(frame: pd.DataFrame) -> pd.DataFrame:
-    """The configurations to begin with (FP32, w8a8, w6a8, w4a8, best with a ≤ 4 bits) and what was reached there.
+    """The headline configurations (FP32, w8a8, w6a8, w4a8, best with a ≤ 4 bits) and the accuracy reached at each.
 
-    A row is a configuration by one method: the mean over its runs; of several the most accurate. FP32 is filled from
-    any row's reference where it was not measured by itself.
+    A row is a configuration by one method: the mean over its runs; of several the most accurate. If FP32 was not
+    measured itself, it is filled in from another row's reference.
     """
     import pandas as pd
 
@@ -170,7 +170,7 @@ def milestones(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def size_table(sizes: SizeReport) -> list[dict[str, Any]]:
-    """A row a layer and one for the rest of the file; all `_bytes` columns together are the file's bytes."""
+    """One row per layer and one for the rest of the file; all `_bytes` columns together add up to the file's size."""
     rows = [{**dataclasses.asdict(row), "other_bytes": 0} for row in sizes.rows]
     rest = sizes.total_bytes - sum(row.total_bytes for row in sizes.rows)
     empty = {name: 0 for name in rows[0]}
@@ -247,7 +247,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def spread(axes: Sequence[Axis], index: int) -> np.ndarray:
-    """Places on axis `index` with lines that meet there drawn apart a little, in the order of where they go.
+    """Places on axis `index`, with lines that would coincide there spread apart slightly, ordered by where they lead.
 
     Levels have room; on a number axis a bundle stays within 4 % of the axis. The accuracies stay as they are.
     """
@@ -302,7 +302,7 @@ def parallel_coordinates_png(frame: pd.DataFrame, path: Path) -> None:
     axes = parallel_axes(frame)
     places = np.stack([spread(axes, i) for i in range(len(axes))], axis=1)  # [rows, axes]
     t = np.linspace(0, 1, 40)
-    ease = t * t * (3 - 2 * t)  # leaves and meets the axes at a right angle, so lines can be followed across one
+    ease = t * t * (3 - 2 * t)  # curves cross each axis at a right angle, so lines can be followed across it
     pieces = [places[:, i, None] * (1 - ease) + places[:, i + 1, None] * ease for i in range(len(axes) - 1)]
     x = np.concatenate([i + t for i in range(len(axes) - 1)])
     curves = np.stack([np.broadcast_to(x, (len(frame), len(x))), np.concatenate(pieces, axis=1)], axis=2)

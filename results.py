@@ -1,7 +1,7 @@
-"""results.csv: one row per evaluation, kept as it comes; a grid that was interrupted finds its finished points here.
+"""results.csv: one row per evaluation, saved immediately; an interrupted grid finds its finished points here.
 
-The first columns are the project's; those behind them say by which method the row was made, so that two methods at the
-same bits are two rows. An empty bits column means 32 (FP32). The benchmarks keep their tables with the same functions.
+The first columns are required by the project; the last ones record how the row was made, so that two methods at the
+same bits give two rows. An empty bits column means 32 (FP32). The benchmarks keep their tables with the same functions.
 """
 
 import csv
@@ -71,15 +71,15 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
         raise UserError(f"--output {path} has other columns than this program's results; give another file")
     rows = [dict.fromkeys(columns, "") | row for row in reader]
     if any(None in row or None in row.values() for row in rows):  # one has more or fewer cells than the header
-        raise UserError(f"--output {path} has a row that does not fit its header; mend it, or give another file")
+        raise UserError(f"--output {path} has a row that does not match its header; fix it, or give another file")
     return rows
 
 
 def append(
     path: Path, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS, replaces: Sequence[str] = ()
 ) -> list[dict[str, str]]:
-    """Adds one row, and returns all; the file is replaced in one step, so it is whole at any moment. Agents side by
-    side take turns. Rows that agree with it in the columns `replaces` go, where any are named."""
+    """Appends one row and returns all rows. The file is replaced atomically; concurrent agents take turns. If
+    `replaces` names columns, rows that agree with the new one in all of them are removed."""
     with locked(path, wait=True):
         rows = [old for old in read(path, columns) if not (replaces and same(old, row, replaces))]
         rows.append({name: text(row[name]) for name in columns})

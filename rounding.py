@@ -1,11 +1,11 @@
 """Choosing the codes of one layer: nearest, GPTQ, and cyclic coordinate descent, all on the layer's least squares.
 
-A layer with weight W [out, k] sees quantized inputs X^ [k, n] where the FP32 network sees X. We want codes u
-(integers, zero-point taken off) and a scale s a row that minimise || Y - s u X^ ||^2 with Y = W X: FP32 targets on
-quantized inputs, so each layer also repairs what the layers before it did ("asymmetric" reconstruction). Only the
-Gram form is kept: H = X^ X^T [groups, k, k] and B = Y X^T [out, k]; a row's loss is s^2 u H u - 2 s u B (+ a
-constant). Centring both (the means taken off) leaves the bias free; its best value is then mean(Y) - s u mean(X^),
-which is empirical bias correction (Nagel et al. 2019, section 4.2) solved together with the rounding.
+A layer with weight W [out, k] sees quantized inputs X^ [k, n] where the FP32 network sees X. We want codes u (integers,
+zero-point subtracted) and one scale s per row that minimise || Y - s u X^ ||^2 with Y = W X: FP32 targets on quantized
+inputs, so each layer also compensates for the errors of earlier layers ("asymmetric" reconstruction). Only the Gram
+form is kept: H = X^ X^T [groups, k, k] and B = Y X^T [out, k]; a row's loss is s^2 u H u - 2 s u B (+ a constant).
+Centring both (subtracting the means) leaves the bias free; its best value is then mean(Y) - s u mean(X^), which is
+empirical bias correction (Nagel et al. 2019, section 4.2) solved together with the rounding.
 
 nearest  Round to nearest (RTN), the plain method.
 gptq     Frantar et al. 2023, algorithm 1: columns one by one, the error spread over those left (by H's inverse).
@@ -27,8 +27,9 @@ from network import Op
 from quantization import Grid, make_grid, round_scale
 
 METHODS = ("nearest", "gptq", "cd")
-CONSTANT = 1e-5  # share of its mean square that an input's variance must have (rounding errors: up to 2.4e-6)
-BLOCK = 32  # columns whose error is spread at once by one matrix product
+# An input whose variance is below this share of its mean square counts as constant (rounding errors reach 2.4e-6).
+CONSTANT = 1e-5
+BLOCK = 32  # columns whose error is propagated at once by one matrix product
 
 
 @dataclass(frozen=True)
@@ -102,18 +103,20 @@ def times_h(u: Tensor, h: Tensor) -> Tensor:
 
 
 def make_problem(weight: Tensor, sums: Moments, centred: bool, damping: float = 0.01) -> Problem:
-    """Damping adds a share of H's mean diagonal that pulls towards the FP32 weight: dead inputs leave H singular."""
+    """Damping adds a share of H's mean diagonal, pulling towards the FP32 weight; without it, dead inputs leave H
+    singular."""
     rows = weight.flatten(1).double()
     h, b = sums.xx / sums.n, sums.yx / sums.n
     if centred:
         x, y = sums.x / sums.n, sums.y / sums.n
-        # An input that varies by less than float32 sums can tell is a constant: the bias has it, codes do nothing.
+        # An input that varies less than float32 sums can resolve is constant: the bias absorbs it and its codes have no
+        # effect.
         least = CONSTANT * h.diagonal(dim1=1, dim2=2)
         h = h - x.unsqueeze(2) * x.unsqueeze(1)
         varies = h.diagonal(dim1=1, dim2=2) > least
         h = h * varies.unsqueeze(2) * varies.unsqueeze(1)
         b = (b - y.unsqueeze(1) * x.expand(len(b), -1)) * varies
-    # What centring takes away leaves rounding errors of its size behind, so they set the least damping.
+    # Subtracting the means leaves rounding errors proportional to them; these set the minimum damping.
     noise = 1e-6 * sums.xx.diagonal(dim1=1, dim2=2).sum(1) / sums.n
     pull = damping * h.diagonal(dim1=1, dim2=2).mean(1) + noise + 1e-8
     h = h + torch.diag_embed(pull.unsqueeze(1).expand(-1, h.shape[-1]))
@@ -189,7 +192,7 @@ def descend(problem: Problem, u: Tensor, grids: Candidates, cycles: int) -> Tens
 
 
 def reached(h: Tensor, change: Tensor) -> Tensor:
-    """What a change [b, A, out] of a block of codes does to other columns, [p, A, out]; h [groups, p, b]."""
+    """[p, A, out]: the effect on other columns of a change [b, A, out] to a block of codes; h [groups, p, b]."""
     if len(h) == 1:
         return (h[0] @ change.flatten(1)).view(-1, *change.shape[1:])
     return torch.einsum("gpb,bag->pag", h, change)
@@ -244,7 +247,8 @@ def candidates(weight: Tensor, grid: Grid, symmetric: bool, shares: tuple[float,
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Long loops of small operations: beside other work, threads wait for each other much longer than they compute."""
+    """Runs the block on one thread: in long loops of small operations on a busy machine, threads wait much longer than
+    they compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,12 +1,10 @@
-"""What has to be done before the other modules are imported, in a program alone and first of all.
+"""Process set-up that must happen before anything else is imported, and only when run as a program. Ctrl-C during the
+imports prints one line and exits with code 130, as it does later under `errors.run_main`.
 
-Ctrl-C while they still are imported is one line and exit code 130, as later, when `errors.run_main` has taken over.
-
-OpenMP's threads (libgomp's, which torch computes with) wait for each other in a loop, for some milliseconds, before
-they sleep. Beside another program that has one of the cores the one waited for does not run meanwhile: on two cores a
-step of training at width 0.35 gave 10 images/s. With 10,000 turns of that loop it gives 95, and with nothing beside
-0.98 of the speed. GOMP_SPINCOUNT is read when libgomp is loaded; where the user has set it or OMP_WAIT_POLICY, that
-counts.
+OpenMP threads (libgomp's, which torch uses) spin for a few milliseconds before they sleep. If another program occupies
+a core, the thread being waited for may not run meanwhile: on two cores, training at width 0.35 ran at 10 images/s. With
+10,000 spins it runs at 95 images/s, and at 0.98 of full speed on an idle machine. GOMP_SPINCOUNT is read when libgomp
+is loaded; if the user has set it or OMP_WAIT_POLICY, that takes precedence.
 """
 
 import os
@@ -21,7 +19,7 @@ def leave(*_: Any) -> None:
     os._exit(130)
 
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the one who started us has it ignored
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise our parent process set it to ignored
     signal.signal(signal.SIGINT, leave)
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -1,4 +1,4 @@
-"""What is measured: a checkpoint's FP32 network, and the images that trained it, that chose it, and that test it.
+"""What is measured: a checkpoint's FP32 network, and the images it was trained, selected and tested on.
 
 Calibration sees `train` alone; choices may be made on `validation`, which the checkpoint held out of training; `test`
 is for reporting.
@@ -33,8 +33,8 @@ class Subject:
 
 
 def load(path: Path | None, dataset: str | None, data_dir: Path, validation: bool = False) -> Subject:
-    """None: the default checkpoint, the data set that is found. validation: held out here where the checkpoint did not;
-    the network has seen these images then, calibration has not. UserError where files do not fit each other."""
+    """None: the default checkpoint, the data set that is found. validation: hold out images here if the checkpoint did
+    not; the network has then seen them, but calibration has not. UserError if the files do not match."""
     path = path or default_checkpoint()
     checkpoint = checkpoints.load(path)
     loaded = load_data(dataset, data_dir, path, checkpoint.dataset, checkpoint.classes)
@@ -57,7 +57,7 @@ def folded(checkpoint: Checkpoint, path: Path) -> Network:
 
 
 def default_checkpoint() -> Path:
-    """The user's own, or the one that comes along."""
+    """The user's own checkpoint if there is one, else the bundled one."""
     own = Path("checkpoints/mnv2_fp32_best.pth")
     return own if os.path.exists(own) else checkpoints.DEFAULT_CHECKPOINT
 
@@ -78,8 +78,8 @@ def load_data(name: str | None, data_dir: Path, model: Path, hint: str, classes:
 
 
 def data_flag(name: str) -> str:
-    """What to give for a model that was trained on the data set `name`."""
-    known = name in data.DATASETS and name != "folder"  # a folder's name says nothing of the images in it
+    """The flag to suggest for a model trained on the data set `name`."""
+    known = name in data.DATASETS and name != "folder"  # "folder" says nothing about which images were in it
     return f"give --dataset {name}" if known else "give the --data-dir of the images it was trained on"
 
 
@@ -92,8 +92,8 @@ def split_as_trained(checkpoint: Checkpoint, train: data.Split, validation: bool
     rest, held_out = data.stratified_split(train, min(size, len(train) // 10), seed)  # as train.py
     if known and data.split_checksum(held_out) != known:
         print(
-            "note: these training images are not those of the checkpoint, or in another order: the images held out "
-            "here may have trained it",
+            "note: these are not the checkpoint's training images, or their order differs: images held out here may "
+            "have been used to train it",
             file=sys.stderr,
         )
     return rest, held_out

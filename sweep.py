@@ -1,4 +1,4 @@
-"""Runs a whole W&B sweep: server, sweep, agents, notebook; and says where to look.
+"""Runs a whole W&B sweep (server, sweep, agents, notebook) and prints where to find the results.
 
 examples:
   python sweep.py                                            the 32 runs of sweeps/quant_sweep.yaml on two agents
@@ -41,10 +41,10 @@ class Settings:
 
     config: Path = option(Path("sweeps/quant_sweep.yaml"), "the sweep", group="sweep")
     agents: int = option(2, "agents side by side on this machine", low=1, high=64, group="sweep")
-    dataset: str | None = option(None, "a parameter that all runs get", group="sweep")
-    data_dir: Path | None = option(None, "a parameter that all runs get", group="sweep")
-    checkpoint: Path | None = option(None, "a parameter that all runs get", group="sweep")
-    server: bool = option(True, "use the embedded server, and start it where it does not run", group="server")
+    dataset: str | None = option(None, "passed to all runs", group="sweep")
+    data_dir: Path | None = option(None, "passed to all runs", group="sweep")
+    checkpoint: Path | None = option(None, "passed to all runs", group="sweep")
+    server: bool = option(True, "use the embedded server, starting it if it is not running", group="server")
     server_dir: Path = option(Path("sweepserver-data"), "where the embedded server keeps its data", group="server")
     port: int = option(8085, "of the embedded server; 0: a free one", low=0, high=65535, group="server")
     notebook: bool = option(True, "execute notebooks/analysis.ipynb on the result", group="output")
@@ -118,7 +118,7 @@ def create(sweep: Mapping[str, Any], folder: Path) -> str:
     found = re.search(r"wandb agent (\S+/.+/\S+)$", done.stdout + done.stderr, re.MULTILINE)
     if done.returncode or not found:
         raise UserError(f"wandb sweep: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
-    quoted = found[1][0] in "'\""  # as Python quotes: a project's name has a space
+    quoted = found[1][0] in "'\""  # quoted as in Python if the project's name contains a space
     return ast.literal_eval(found[1]) if quoted else found[1]
 
 
@@ -138,7 +138,7 @@ def run_agents(path: str, count: int, folder: Path) -> None:
         with tracking.terminated_by_signal(), tqdm(desc="runs", unit="run", disable=None) as bar:
             while any(agent.poll() is None for agent in agents):
                 time.sleep(POLL_SECONDS)
-                with contextlib.suppress(UserError):  # a server that is away for a moment ends nothing
+                with contextlib.suppress(UserError):  # a server that is briefly unreachable does not stop the agents
                     show_progress(bar, *tracking.sweep_states(path))
     except KeyboardInterrupt:
         print(f"interrupted; the sweep goes on with: wandb agent {shlex.quote(path)}")
@@ -146,7 +146,7 @@ def run_agents(path: str, count: int, folder: Path) -> None:
     finally:
         for agent in agents:
             if agent.poll() is None:
-                agent.terminate()  # it hands the signal on to its run, which is then given out again
+                agent.terminate()  # it forwards the signal to its run, whose configuration is then handed out again
         for agent in agents:
             agent.wait()
 

@@ -1,6 +1,6 @@
 """A sweep read back through W&B's API as one frame: its finished runs, the points that are missing, a cache on disk.
 
-What of a grid ran twice counts once, with its latest run. pandas costs half a second to import, so each function
+A grid point that ran twice counts once, with its latest run. pandas costs half a second to import, so each function
 imports what it needs.
 """
 
@@ -66,8 +66,8 @@ def fetch_sweep(
     """A sweep (its id, or entity/project/id) through `wandb.Api()`; without one, the latest sweep.
 
     With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a grid that has ended without a
-    missing point is read from it the next time, with or without a server. Any other sweep that has ended may have been
-    resumed: it is asked for anew, and read from the cache only where no server answers.
+    missing point is read from it the next time, with or without a server. Any other finished sweep may have been
+    resumed: it is fetched again, and read from the cache only if no server answers.
     """
     if sweep and sweep.count("/") == 2:
         entity, project, sweep = sweep.split("/")
@@ -91,7 +91,7 @@ def ended(read: Mapping[str, Any]) -> bool:
 
 
 def complete(read: Mapping[str, Any]) -> bool:
-    """Whether it is a grid that has ended, with every point: nothing would come if it was resumed."""
+    """Whether it is a finished grid with no missing point: resuming it would add nothing."""
     results = sweep_results(read)
     return ended(read) and bool(results.grid) and not len(results.missing)
 
@@ -159,7 +159,7 @@ def latest(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 
 def in_order(column: pd.Series) -> pd.Series:
-    """What `column` is sorted by: itself, or where it holds lists or several types their text."""
+    """The sort key for `column`: the values themselves, or their text if they have several types."""
     values = column.map(lambda value: plain(value, column.name))
     return values if len({type(value) for value in values}) == 1 else values.map(str)
 
@@ -167,7 +167,7 @@ def in_order(column: pd.Series) -> pd.Series:
 def missing_points(frame: pd.DataFrame, grid: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
     """The points of `grid` (column → values; None is 32 bits) that have no row, one row each, in grid order.
 
-    Of an empty grid none is missing.
+    An empty grid has no missing points.
     """
     import pandas as pd
 

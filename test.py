@@ -6,9 +6,9 @@ examples:
   python test.py --weight-bits 4 --save-packed mnv2_w4.safetensors       and keep the packed file
   python test.py --packed mnv2_w4.safetensors                            evaluate it; no checkpoint needed
   python test.py --weight-bits 8,6,4 --act-bits 8,6,4                    a grid, and parallel_coordinates.png
-  python test.py --target-size-mb 0.8 --bits-file bits.yaml              bits of each layer for the best 0.8 MB file
-  python test.py --max-drop 1.0 --bits-file bits.yaml                    the smallest file, a point below FP32 at most
-  python test.py --bits-file bits.yaml                                   the same bits once more
+  python test.py --target-size-mb 0.8 --bits-file bits.yaml              per-layer bits for the best 0.8 MB file
+  python test.py --max-drop 1.0 --bits-file bits.yaml                    the smallest file, at most a point below FP32
+  python test.py --bits-file bits.yaml                                   the same bits again
 
 Weights are quantized, packed to a file, and read back from it: what is evaluated is what was packed.
 """
@@ -109,7 +109,7 @@ class Settings:
     )
     edge_bits: int | None = option(
         None,
-        "at least so many bits in the first and the last layer; 0: no exception",
+        "minimum bits of the first and last layers; 0: no exception",
         low=0,
         high=8,
         group="quantization",
@@ -120,35 +120,38 @@ class Settings:
     entropy: bool = option(False, "entropy-code the packed codes", group="quantization")
 
     target_size_mb: float | None = option(
-        None, "bits of each layer for the least harm in a packed file of so many MB", low=0.001, group="mixed precision"
+        None,
+        "choose per-layer bits for the best packed file of at most this many MB",
+        low=0.001,
+        group="mixed precision",
     )
     max_drop: float | None = option(
         None,
-        "bits of each layer for the smallest file at most so many points below FP32 on validation images",
+        "choose per-layer bits for the smallest file at most this many points below FP32 on validation images",
         low=0,
         high=100,
         group="mixed precision",
     )
     target_activation_bits: float | None = option(
         None,
-        "bits of each value for the least harm with so many bits an element on average",
+        "choose per-tensor activation bits for the least harm at this many bits per element on average",
         low=2,
         high=8,
         group="mixed precision",
     )
     bits_file: Path | None = option(
         None,
-        "YAML with the bits of layers and values: written with one of the above, read without them",
+        "YAML file with per-layer bits: written together with one of the flags above, otherwise read",
         group="mixed precision",
     )
 
     batch_size: int = option(
         256,
-        "images at once; changes the speed and, with weights and activations quantized, never the result",
+        "images per batch; affects speed only if weights and activations are both quantized",
         low=1,
         group="evaluation",
     )
-    seed: int = option(0, "of the choice of calibration images", low=0, high=MOST_SEED, group="evaluation")
+    seed: int = option(0, "seed that draws the calibration images", low=0, high=MOST_SEED, group="evaluation")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="evaluation")
 
     output: Path = option(Path("results.csv"), "one row is added per evaluation", group="files")
@@ -216,8 +219,8 @@ def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
     points = [settings] if tracking.under_agent() else grid(settings)
-    choose_device(settings.device)  # what cannot be used is told before the data set is read
-    results.read(settings.output)  # so is a file that is none of ours
+    choose_device(settings.device)  # fail on an unusable device before reading the data set
+    results.read(settings.output)  # and on a file that is not ours
     if len(points) > 1:
         measure_grid(settings, points)
     else:
@@ -226,7 +229,7 @@ def main() -> int:
 
 
 def measure(settings: Settings, shared: Shared | None = None) -> None:
-    """One evaluation, under `wandb agent` with the sweep's parameters: a row of results.csv, and what W&B gets."""
+    """Runs one evaluation (under `wandb agent` with the sweep's parameters), appends its row and reports it to W&B."""
     with tracking.run(settings, "evaluation", label, settings.log_wandb) as tracked:
         settings = tracked.settings
         check_used(settings)
@@ -252,11 +255,11 @@ def measure_grid(settings: Settings, points: Sequence[Settings]) -> None:
             else:
                 measure(point, shared)
     except KeyboardInterrupt:
-        print(f"{settings.output} has the points so far; the same command measures the others", file=sys.stderr)
+        print(f"{settings.output} has the points so far; the same command measures the rest", file=sys.stderr)
         raise
     if known:
         print(f"{known} of {len(points)} points are in {settings.output} already; --again measures them again")
-    keys = [key(point, shared.subject) for point in points]  # the figure is of this grid alone
+    keys = [key(point, shared.subject) for point in points]  # plot only this grid's points
     rows = [row for row in results.read(settings.output) if any(results.same(row, one) for one in keys)]
     page = report.write_plots(report.to_frame(rows), settings.plot)
     print(f"wrote {settings.output}, {settings.plot} and {page}")
@@ -269,7 +272,7 @@ def grid(settings: Settings) -> list[Settings]:
     """One Settings per combination of the bits; several points cannot share one --save-packed."""
     check_used(settings)
     axes = (settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,))
-    pairs = list(dict.fromkeys(itertools.product(*axes)))  # bits that are given twice count once
+    pairs = list(dict.fromkeys(itertools.product(*axes)))  # duplicates count once
     if len(pairs) > 1:
         if settings.save_packed or settings.packed or settings.mixed:
             given = ("save_packed", "packed", "bits_file", "target_size_mb", "max_drop", "target_activation_bits")
@@ -283,12 +286,12 @@ def grid(settings: Settings) -> list[Settings]:
             raise UserError(f"--output and --plot both write {settings.output}; give one of them another name")
     points = [dataclasses.replace(settings, weight_quant_bits=(w,), activation_quant_bits=(a,)) for w, a in pairs]
     if settings.mixed and not settings.packed:
-        point_of(points[0])  # what does not go together is told before anything is loaded
+        point_of(points[0])  # reports conflicting settings before anything is loaded
     return points
 
 
 def check_used(settings: Settings) -> None:
-    """UserError for a setting of quantization where nothing is quantized."""
+    """UserError for a quantization flag if nothing is quantized."""
     if settings.weight_quant_bits or settings.activation_quant_bits or settings.mixed or settings.packed:
         return
     for field in dataclasses.fields(settings):
@@ -297,7 +300,7 @@ def check_used(settings: Settings) -> None:
 
 
 def check_targets(settings: Settings) -> None:
-    """UserError where a result could not be written, or would replace what it is made from: before the work."""
+    """UserError, before any work, if an output cannot be written or would overwrite an input."""
     sources = (settings.packed, settings.checkpoint or subjects.default_checkpoint(), settings.bits_file)
     if any(same_file(settings.save_packed, source) for source in sources):
         raise UserError(f"--save-packed is {settings.save_packed}, which is read here; give it another name")
@@ -315,7 +318,7 @@ def point_of(settings: Settings) -> Point:
     """The plan of one evaluation. UserError for settings that do not go together."""
     bits = [settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,)]
     if any(len(b) > 1 for b in bits):
-        raise UserError("a run of a sweep takes one number of bits, not a list: let the sweep make the grid")
+        raise UserError("a sweep run takes a single bit width, not a list; let the sweep define the grid")
     weight_bits, activation_bits = (None if b[0] == 32 else b[0] for b in bits)
     layers, values = exceptions(settings, weight_bits, activation_bits) if settings.mixed else ({}, {})
     if layers or settings.searched[0]:
@@ -393,8 +396,8 @@ def evaluate(settings: Settings, shared: Shared, path: Path) -> Outcome:
 
 
 def described(settings: Settings, subject: Subject, fp32: Score, point: Point) -> dict[str, Any]:
-    """What the packed file's header tells of its making; no times and no folders, so that the same network makes the
-    same bytes."""
+    """How the packed file was made, for its header; without times or folders, so that the same network gives the same
+    bytes."""
     row = {
         **identity(settings, point, subject),
         "checkpoint": subject.path.name,
@@ -525,7 +528,7 @@ def calib_images(settings: Settings, subject: Subject) -> int:
 
 
 def identity(settings: Settings, point: Point, subject: Subject) -> dict[str, Any]:
-    """The cells that say which network this is, and on which images it was made."""
+    """The cells that identify the network and the images it was calibrated on."""
     quantized = point.weight_bits or point.activation_bits
     return {
         "dataset": subject.dataset,
@@ -546,11 +549,11 @@ def key(settings: Settings, subject: Subject) -> dict[str, Any]:
 
 
 def measured(settings: Settings, network: QuantizedNetwork, test: data.Split, fp32: float | None) -> dict[str, Any]:
-    """Accuracy of the packed network and how long it took; FP32 in place of what is not quantized. fp32: the accuracy
-    before, where it is known on these images."""
+    """Accuracy of the packed network and evaluation time. fp32: the FP32 accuracy on these images, None if unknown."""
     device = choose_device(settings.device)
     forward = predictor(network, device)
-    if device.type == "cpu":  # warm-up: threads; elsewhere kernels, also those of the last batch's size, and the wait
+    # Warm-up: on a CPU the threads; elsewhere all kernels, including those for the smaller last batch.
+    if device.type == "cpu":
         forward(test.images[: settings.batch_size])
     else:
         score(forward, test, settings.batch_size, device)
@@ -599,7 +602,7 @@ def summary(outcome: Outcome) -> str:
 
 
 def report_to(tracked: tracking.Untracked, settings: Settings, outcome: Outcome) -> None:
-    """Everything W&B gets: the row, the size of each layer, the packed file where asked for."""
+    """Reports the row and the per-layer sizes to W&B and, if requested, uploads the packed file."""
     if not tracked.tracked:
         return
     import report

@@ -1,4 +1,4 @@
-"""Weights & Biases, and the only module that imports it; nothing of it is imported until a run asks for it.
+"""Weights & Biases. The only module that imports wandb, and only once a run asks for it.
 
 `with run(settings, ...) as tracked:` is all that train.py and test.py need. Under `wandb agent` the sweep's parameters
 override the settings; outside a sweep it does nothing unless `enabled`. `read_sweep` reads a sweep back.
@@ -37,7 +37,7 @@ class Labels:
 
 
 class Untracked(Generic[Settings]):
-    """A run that nobody watches: does nothing. Also the interface of the one that reports to W&B."""
+    """A run that is not tracked: does nothing. Also the interface of the run that reports to W&B."""
 
     tracked = False
 
@@ -58,7 +58,8 @@ class Untracked(Generic[Settings]):
 
 
 class Tracked(Untracked[Settings]):
-    """A run that reports to W&B. What a mode cannot do is said on stderr and left out: the result comes first."""
+    """A run that reports to W&B. What a mode does not support is skipped with a warning on stderr: the result comes
+    first."""
 
     tracked = True
 
@@ -109,11 +110,11 @@ def single(value: Any) -> Any:
 
 @contextlib.contextmanager
 def guarded(what: str) -> Iterator[None]:
-    """Turns an error of W&B (they are of many kinds) into a line on stderr."""
+    """Turns a W&B error (there are many types) into one line on stderr."""
     try:
         yield
     except Exception as error:
-        print(f"warning: W&B lacks {what}: {first_line(error)}", file=sys.stderr)
+        print(f"warning: W&B did not get {what}: {first_line(error)}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
@@ -129,18 +130,18 @@ def under_agent() -> bool:
 def run(
     settings: Settings, job_type: str, label: Callable[[Settings], Labels], enabled: bool = False
 ) -> Iterator[Untracked[Settings]]:
-    """A run of W&B around the block, under an agent or where `enabled`; else nothing but an orderly end at SIGTERM.
+    """A run of W&B around the block, under an agent or where `enabled`; otherwise only makes SIGTERM unwind the block.
 
     Under an agent the yielded `.settings` are `settings` with the sweep's parameters; `label` names the run from them.
     An unknown or ill-typed parameter raises `UserError` at once. An exception marks the run as failed, with the exit
-    code that it leads to; SIGTERM marks it as preempted, so that the sweep gives its configuration out again.
+    code that it leads to; SIGTERM marks it as preempted, so that the sweep hands out its configuration again.
     """
     if not enabled and not under_agent():
         with terminated_by_signal():  # so that temporary files go
             yield Untracked(settings)
         return
     labels = Labels()
-    with contextlib.suppress(UserError, OSError):  # told below, where there is a run to mark as failed
+    with contextlib.suppress(UserError, OSError):  # reported below, once there is a run to mark as failed
         labels = label(overridden(settings, sweep_parameters(), os.environ.get("WANDB_RUN_ID", "")))
     wandb_run = start(job_type, labels)
     code = 1
@@ -211,7 +212,7 @@ def overridden(settings: Settings, parameters: Mapping[str, Any], run_id: str) -
 
 
 class Terminated(SystemExit):
-    """SIGTERM came: the machine is about to be taken away, or somebody ended the run."""
+    """SIGTERM arrived: the machine is being preempted, or somebody ended the run."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -271,7 +272,7 @@ def read_sweep(entity: str | None, project: str | None, sweep: str | None, table
         "path": f"{place}/{found.id}",
         "name": found.name,
         "state": found.state,
-        "url": found.url.replace("+", "%20"),  # a space in a name, as no path spells it
+        "url": found.url.replace("+", "%20"),  # W&B encodes a space in a name as "+", which is wrong in a path
         "config": found.config,
         "runs": [
             {

@@ -65,7 +65,11 @@ class Settings:
     flip: bool | None = option(None, "mirror half of the images (default: yes, except for digits)", group="data")
     cutout: int = option(0, "side of a random blank square", low=0, high=32, group="data")
     progressive_sizes: tuple[int, ...] = option(
-        (), "sides of the images, in equal shares of the run, e.g. 16,24,32 (faster)", low=8, high=32, group="data"
+        (),
+        "image sizes, one after another in equal shares of the run, e.g. 16,24,32 (faster)",
+        low=8,
+        high=32,
+        group="data",
     )
 
     width_mult: float = option(1.0, "channels relative to the paper's network", low=0.05, high=4, group="network")
@@ -76,7 +80,7 @@ class Settings:
     )
 
     epochs: int = option(300, "passes over the training images", low=1, high=10**6, group="training")
-    batch_size: int = option(128, "images a step", low=2, high=10**6, group="training")
+    batch_size: int = option(128, "images per step", low=2, high=10**6, group="training")
     lr: float = option(0.1, "highest learning rate", low=0, high=1000, group="training")
     scheduler: str = option(
         "cosine", "learning rate after the warm-up", choices=("cosine", "constant"), group="training"
@@ -90,14 +94,18 @@ class Settings:
     ema_decay: float = option(
         0.0, "evaluate and save a moving average of the weights, e.g. 0.999", low=0, high=0.99999, group="training"
     )
-    seed: int = option(0, "of weights, split, order and augmentation", low=0, high=MOST_SEED, group="training")
+    seed: int = option(0, "seed of weights, split, order and augmentation", low=0, high=MOST_SEED, group="training")
     max_minutes: float = option(
-        0.0, "end after this much time on the clock; the schedule bends to it", low=0, high=10**6, group="training"
+        0.0,
+        "stop after this much wall-clock time; the schedule is compressed to fit",
+        low=0,
+        high=10**6,
+        group="training",
     )
     eval_every: int = option(1, "epochs between evaluations on validation and test", low=1, group="training")
 
     qat: bool = option(
-        False, "quantize --checkpoint and fine-tune it, with itself in FP32 as the teacher", group="fine-tuning"
+        False, "quantize --checkpoint and fine-tune it, with the FP32 network as teacher", group="fine-tuning"
     )
     weight_quant_bits: int | None = option(
         None, "bits of the weights, 2 to 8", aliases=["weight_bits"], low=2, high=8, group="fine-tuning"
@@ -112,22 +120,22 @@ class Settings:
     )
     qat_lr: float = option(0.002, "highest learning rate of --qat (Adam's)", low=0, high=1000, group="fine-tuning")
     distill: float = option(
-        1.0, "the teacher's share in the loss of --qat; the labels have the rest", low=0, high=1, group="fine-tuning"
+        1.0, "the teacher's share of the --qat loss; the labels get the rest", low=0, high=1, group="fine-tuning"
     )
 
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="machine")
     bf16: bool | None = option(None, "bfloat16 autocast (default: on CUDA)", group="machine")
     compile: bool = option(
-        False, "torch.compile the network, with CUDA graphs on CUDA; a minute's start", group="machine"
+        False, "torch.compile the network (with CUDA graphs on CUDA); adds a minute at the start", group="machine"
     )
     save_path: Path = option(
         Path("checkpoints/mnv2_fp32_best.pth"), "where the best checkpoint goes; .safetensors or .pth", group="files"
     )
     log_file: Path | None = option(
-        None, "one line an epoch (default: training_log.txt beside the checkpoint)", group="files"
+        None, "log file, one line per epoch (default: training_log.txt next to the checkpoint)", group="files"
     )
     resume: bool = option(False, "go on from the state saved beside the checkpoint, if there is one", group="files")
-    log_wandb: bool = option(False, "report to Weights & Biases (under `wandb agent` by itself)", group="W&B")
+    log_wandb: bool = option(False, "report to Weights & Biases (automatic under `wandb agent`)", group="W&B")
     log_artifact: bool = option(False, "upload the best checkpoint as an artifact", group="W&B")
 
 
@@ -136,17 +144,18 @@ FREE = {"data_dir", "eval_every", "max_minutes", "device", "compile", "save_path
 FREE |= {"log_wandb", "log_artifact"}
 
 
-# What only fine-tuning looks at, and what only FP32 training does: fine-tuning has its checkpoint's width and split.
+# Settings that only fine-tuning uses, and those that only FP32 training uses (fine-tuning takes width and split from
+# its checkpoint).
 QAT_ONLY = ("weight_quant_bits", "activation_quant_bits", "qat_lr", "distill")
 FP32_ONLY = ("lr", "momentum", "weight_decay", "width_mult", "dropout", "pretrained", "val_size")
 
-FINISHED_BYTES = 10_000  # the file that stands for a finished run is smaller, one with weights is larger
+FINISHED_BYTES = 10_000  # the marker file of a finished run is smaller than this, a state with weights is larger
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with. train, val, test lie on the device; state is what changes; digest is that of train,
-    val_digest that of val; split_seed drew val; title is the command line that the run was begun with."""
+    """Everything a run needs. train, val and test are on the device; only `state` changes. digest, val_digest: CRC-32
+    of train and val; split_seed: the seed that drew val; title: the command line that started the run."""
 
     settings: Settings
     recipe: training.Recipe
@@ -219,7 +228,7 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
                 training.next_epoch(state)
                 save_state(run)
                 if bar.disable:
-                    print(row.line(), flush=True)  # behind the state: whoever reads the output may be gone
+                    print(row.line(), flush=True)  # after the state is saved: the reader of our output may be gone
                 on_epoch(row)
         except Interrupted:
             save_state(run)
@@ -232,7 +241,7 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
 
 
 def check_together(settings: Settings) -> None:
-    """UserError for flags that the run would ignore, and for files of a run that would replace each other."""
+    """UserError for flags that would be ignored, and for output paths that coincide."""
     files = {
         "--save-path": settings.save_path,
         "the state of the run": resume_path(settings),
@@ -269,15 +278,15 @@ def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
 
 
 def check_free(settings: Settings) -> None:
-    """UserError where a run from before has left what this one would replace."""
+    """UserError if this run would overwrite the checkpoint or state of an earlier one."""
     path = resume_path(settings)
     if path.exists() and path.stat().st_size > FINISHED_BYTES:
         raise UserError(
-            f"{path} is the state of a run that was cut; add --resume to go on with it, or delete it, or give another "
+            f"{path} is the state of an interrupted run; add --resume to continue it, delete it, or give another "
             "--save-path"
         )
     if settings.save_path.exists():
-        raise UserError(f"{settings.save_path} is there already; give another --save-path, or delete it")
+        raise UserError(f"{settings.save_path} already exists; give another --save-path, or delete it")
 
 
 def finished(settings: Settings) -> Checkpoint:
@@ -368,14 +377,14 @@ def first_model(
         if width != settings.width_mult:
             raise UserError(f"{settings.checkpoint} is a network of width {width}; give --width-mult {width}")
         if first.classes != dataset.classes:
-            print(f"{settings.checkpoint} knows other classes ({first.dataset}); the classifier starts anew")
+            print(f"{settings.checkpoint} knows other classes ({first.dataset}); the classifier is reinitialised")
             state = checkpoints.replace_classifier(state, model)
         checkpoints.load_state(model, state, settings.checkpoint)
     return model, normalization
 
 
 def describe(run: Run, device: torch.device, resumed: bool) -> None:
-    """Says what is trained, on what, and from where on."""
+    """Prints the network, the device, the data and where training starts."""
     state, settings = run.state, run.settings
     architecture = state.model.architecture
     model = skeleton(architecture)
@@ -387,7 +396,7 @@ def describe(run: Run, device: torch.device, resumed: bool) -> None:
     )
     path = resume_path(settings)
     if resumed:
-        print(f"goes on in epoch {state.epoch + 1} at step {state.step + 1}, from {path}")
+        print(f"resuming from {path}: epoch {state.epoch + 1}, step {state.step + 1}")
     elif settings.resume:
         print(f"nothing to resume ({path} does not exist): starts at epoch 1")
 
@@ -409,9 +418,8 @@ def compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tenso
 
 
 def watcher(run: Run, bar: tqdm, signals: list[int]) -> Callable[..., None]:
-    """A function to call often: it moves the bar, and raises `Interrupted` once a signal has come.
-
-    While evaluating it is told how many images of val and test are done.
+    """A callback for every step: updates the bar, and raises `Interrupted` once a signal has arrived. During evaluation
+    it is passed the number of val and test images done.
     """
     state, recipe, images = run.state, run.recipe, len(run.train)
     sizes = recipe.progressive_sizes or (run.train.images.shape[-1],)
@@ -470,14 +478,15 @@ def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
 
 
 def write_line(run: Run, row: Epoch, log: TextIO) -> None:
-    """Adds the epoch to the log. Where that fails the state is saved before the UserError, as it is before the line:
-    --resume evaluates the epoch again, and writes it."""
+    """Appends the epoch to the log. If that fails, saves the state as it was before this line and raises UserError, so
+    that --resume evaluates the epoch again and logs it."""
     try:
         print(row.line(), file=log, flush=True)
     except OSError as error:
         save_state(run)
         raise UserError(
-            f"cannot write {log_path(run.settings)}: {error.strerror}; the state is saved, make room and add --resume"
+            f"cannot write {log_path(run.settings)}: {error.strerror}; the state is saved: free some space, "
+            "then run again with --resume"
         ) from None
 
 
@@ -521,7 +530,7 @@ def load_best(settings: Settings) -> Checkpoint:
 
 
 def command(settings: Settings) -> str:
-    """The command line of these settings (without --resume: it is one run, however often it was cut)."""
+    """The command line of these settings (without --resume: an interrupted and resumed run is still one run)."""
     return shlex.join(
         [
             "python",
@@ -569,7 +578,7 @@ def saved_state(settings: Settings) -> dict[str, Any] | None:
         saved = {"finished": False, **torch.load(path, map_location="cpu", weights_only=True)}
         theirs = {**plain(Settings()), **json.loads(saved["settings"])}
     except Exception as error:
-        raise UserError(f"--resume: {path} cannot be read ({reason(error)}); delete it to start anew") from None
+        raise UserError(f"--resume: {path} cannot be read ({reason(error)}); delete it to start over") from None
     for name, mine in plain(settings).items():
         if name not in FREE and theirs[name] != mine:
             raise UserError(
@@ -583,11 +592,11 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     """Puts what was saved into the state of `run`; UserError if the training images are others."""
     path = resume_path(run.settings)
     if saved.get("data", run.digest) != run.digest:
-        raise UserError(f"--resume: {path} is of other images than those in --data-dir {run.settings.data_dir}")
+        raise UserError(f"--resume: {path} belongs to other images than those in --data-dir {run.settings.data_dir}")
     try:
         training.restore(run.state, saved)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"--resume: {path} does not fit ({reason(error)}); delete it to start anew") from None
+        raise UserError(f"--resume: {path} does not fit ({reason(error)}); delete it to start over") from None
 
 
 def checkpoint_so_far(run: Run) -> Checkpoint | None:
@@ -643,7 +652,7 @@ def main() -> int:
             if settings.log_artifact:
                 tracked.artifact(settings.save_path, settings.save_path.stem, checkpoint.metrics, settings.checkpoint)
     except Interrupted as stop:
-        print(f"interrupted; the state is saved in {resume_path(settings)}: the same command with --resume goes on")
+        print(f"interrupted; the state is saved in {resume_path(settings)}: the same command with --resume continues")
         return 128 + stop.number
     metrics = checkpoint.metrics
     chosen = f"validation {metrics['val_acc']:.2f} %" if metrics["val_acc"] is not None else "last epoch"

@@ -1,8 +1,8 @@
 """One training run of a network: schedule, optimiser, epoch loop, and a state that is saved and resumed at any step.
 
 Recipe: SGD with Nesterov momentum, cosine with linear warm-up (Loshchilov & Hutter 2017; Goyal et al. 2017), label
-smoothing (Szegedy et al. 2016), weight decay on convolution and linear weights only, exponential moving average of the
-weights by choice. All random draws of an epoch come from (seed, epoch), so a run resumed in the middle of an epoch
+smoothing (Szegedy et al. 2016), weight decay on convolution and linear weights only, optional exponential moving
+average of the weights. All random draws of an epoch come from (seed, epoch), so a run resumed in the middle of an epoch
 continues with the same images, and on a CPU ends with the same bits as the uninterrupted run. Nothing in a step waits
 for the device; the sums of an epoch are read once, at its end.
 """
@@ -73,8 +73,8 @@ NUMBERS = ("epoch", "step", "seconds", "epoch_seconds", "best_accuracy")  # of S
 class Float32Conv(nn.Conv2d):
     """A convolution that stays in float32 under a CPU's bfloat16 autocast.
 
-    oneDNN (3.12) has no fast bfloat16 gradient for strided depthwise convolutions: MobileNetV2's three took half the
-    time of all, and a step of batch 128 on two cores with AMX 0.94 instead of 0.73 s.
+    oneDNN (3.12) has no fast bfloat16 gradient for strided depthwise convolutions: MobileNetV2's three took half of the
+    total time (a step of batch 128 on two cores with AMX took 0.94 s instead of 0.73 s).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class Float32Conv(nn.Conv2d):
 class ClampedBits(torch.autograd.Function):
     """ReLU6 of bfloat16 in place, on the bits: read as 16-bit integers, floats from 0 on are ordered as numbers are.
 
-    torch clamps bfloat16 by way of float32, at a sixth of the speed that it clamps integers with (38 MB in 10.6 ms and
-    in 1.6). NaN becomes 0 or 6 here; that it was there is seen in the weights (`all_finite`).
+    torch clamps bfloat16 via float32, six times slower than it clamps integers (10.6 ms instead of 1.6 ms for 38 MB).
+    NaN becomes 0 or 6 here; divergence is still detected in the weights (`all_finite`).
     """
 
     SIX = 0x40C0  # 6.0 in bfloat16
@@ -114,7 +114,7 @@ class BitsReLU6(nn.ReLU6):
 def start(model: nn.Module, recipe: Recipe, device: torch.device) -> State:
     """The state before the first step; `model` is moved to the device, in channels_last."""
     model = model.to(device, memory_format=torch.channels_last)
-    if recipe.bf16 and device.type == "cpu":  # here and not in the network, which others trace
+    if recipe.bf16 and device.type == "cpu":  # done here rather than in the network, which other tools trace
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.groups > 1 and module.stride != (1, 1):
                 module.__class__ = Float32Conv
@@ -132,10 +132,10 @@ def start(model: nn.Module, recipe: Recipe, device: torch.device) -> State:
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Batches an epoch. Only whole ones: the images left over are others in every epoch, for the order is random.
+    """Batches per epoch. Only full ones: the leftover images differ from epoch to epoch, because the order is random.
 
     So every step has the same shape (as CUDA graphs need), and none sees a batch of one image, which has no variance
-    for batch norm. Fewer images than `batch_size` are one batch.
+    for batch norm. If there are fewer images than `batch_size`, they form one batch.
     """
     return max(1, images // batch_size)
 
@@ -146,7 +146,7 @@ def images_seen(state: State, images: int, recipe: Recipe) -> int:
 
 
 def progress(state: State, recipe: Recipe, steps: int) -> float:
-    """How far the run is, 0 to 1: by epochs, or by the clock where `max_minutes` ends it sooner."""
+    """Progress of the run, 0 to 1: by epochs, or by the clock if `max_minutes` ends it sooner."""
     done = (state.epoch + state.step / steps) / recipe.epochs
     if recipe.max_minutes:
         done = max(done, state.seconds / (60 * recipe.max_minutes))
@@ -180,8 +180,8 @@ def train_epoch(
 ) -> None:
     """Trains to the end of the epoch, or of `max_minutes`. `train` lies on the device.
 
-    forward: `state.model` or its compiled form. `on_step()` is called after every step; what it raises ends the epoch
-    there, in a state that can be saved and resumed. criterion: the loss; None: cross-entropy with label smoothing.
+    forward: `state.model` or its compiled form. `on_step()` is called after every step; if it raises, the epoch stops
+    there in a state that can be saved and resumed. criterion: the loss; None: cross-entropy with label smoothing.
     """
     device = train.images.device
     order, draws = epoch_draws(len(train), recipe.seed, state.epoch, device)

@@ -1,4 +1,4 @@
-"""training_log.txt: one line an epoch, and before each run's lines its command line and the names of the columns."""
+"""training_log.txt: one line per epoch; each run's lines are preceded by its command line and the column names."""
 
 import contextlib
 from collections.abc import Iterator
@@ -34,10 +34,9 @@ class Epoch:
 
 @contextlib.contextmanager
 def open_log(path: Path, command: str, after: int | None) -> Iterator[TextIO]:
-    """The log, open to append: a new part for a new run (None); for one resumed `after` an epoch its part, cut there.
-
-    (A process killed between writing its line and saving its state does that epoch again.) Where another run's part
-    stands behind it, the lines to come are a part of their own, under the same title.
+    """The log, opened for appending. after: None starts a new section; for a run resumed after epoch `after`, its
+    section is truncated there (a process killed between logging an epoch and saving its state repeats that epoch). If
+    another run's section follows, the new lines go into a section of their own with the same title.
     """
     title = f"# {command}"
     try:
@@ -60,7 +59,7 @@ def open_log(path: Path, command: str, after: int | None) -> Iterator[TextIO]:
     try:
         yield file
     finally:
-        with contextlib.suppress(OSError):  # a full disk: whoever wrote the lines was told, this would try them again
+        with contextlib.suppress(OSError):  # disk full: reported when the line was written; closing tries again
             file.close()
 
 

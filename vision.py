@@ -1,10 +1,9 @@
-"""The one place that imports torchvision, because that import can fail beside a CPU build of torch.
+"""The one place that imports torchvision, because that import can fail with a CPU build of torch.
 
-torchvision's wheels from PyPI are built for a CUDA torch. Beside a CPU torch their compiled part does not load, and
-then `import torchvision` stops at "operator torchvision::nms does not exist": it registers shape functions for
-operators that were never declared. We need none of these operators, only data sets and weight files, so declaring
-their schemas is enough. With a torch and a torchvision that match, the operators exist already and nothing is
-declared.
+torchvision's wheels from PyPI are built for a CUDA torch. With a CPU build of torch their compiled part does not load,
+and `import torchvision` then fails with "operator torchvision::nms does not exist": it registers shape functions for
+operators that were never declared. We need none of these operators, only data sets and weight files, so declaring their
+schemas is enough. With a torch and a torchvision that match, the operators exist already and nothing is declared.
 """
 
 import functools
@@ -29,7 +28,7 @@ def import_torchvision(module: str = "torchvision") -> ModuleType:
     return importlib.import_module(module)
 
 
-@functools.cache  # a library object that is dropped takes its declarations back; the cache keeps it
+@functools.cache  # declarations vanish when the library object is garbage-collected; the cache keeps it alive
 def declare_operators() -> Any:
     import torch
 

@@ -2,7 +2,7 @@
 
 Ours: the rows of a results file (mean over seeds) by the method `auto`, the same with entropy coding and mixed
 precision, and the plain method. The others: peers.csv, of the same checkpoint. A panel each for activations of 8 and
-of 4 bits. What lies below the figure is an arrow at its lower edge, with its accuracy.
+of 4 bits. Points below the axis range are drawn as arrows at the lower edge, labelled with their accuracy.
 
 python benchmarks/chart.py
 """

@@ -1,7 +1,8 @@
 """Images per second of evaluation: quantized W4A8 and FP32 here, against a plain eager FP32 evaluation, in one run.
 
 plain: what a tutorial does: torchvision transforms in a DataLoader's workers, contiguous tensors, batch norm unfolded.
-The three take turns over the same images, round after round; medians of the rounds, and of the ratios within them.
+The three alternate over the same images for several rounds; prints medians over the rounds, and of the ratios within
+each round.
 
     python benchmarks/eval_speed.py --images 2048 --rounds 5
 """

@@ -3,10 +3,10 @@
     python benchmarks/peer_worker.py WORK TOOL WEIGHT_BITS ACTIVATION_BITS REPLY
 
 WORK is the folder that peers.py exported: the FP32 network (`fp32.onnx` with batch norm folded, and the checkpoint's
-state for tools that start from torch), normalised images for calibration, validation and test, and their labels.
-Each tool is one function that yields `Candidate`s: the settings its documentation recommends for this kind of network.
-Where there are several, the images that the checkpoint held out for validation choose; the chosen one alone is
-measured on the test images. The reply is one JSON object.
+state for tools that start from torch), normalised images for calibration, validation and test, and their labels. Each
+tool is one function that yields `Candidate`s: the settings its documentation recommends for this kind of network. Where
+there are several, the choice is made on the checkpoint's held-out validation images; only the chosen one is measured on
+the test images. The reply is one JSON object.
 """
 
 import copy

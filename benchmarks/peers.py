@@ -4,11 +4,11 @@
     python benchmarks/peers.py                            everything; what peers.csv has already is not run again
     python benchmarks/peers.py --tools quanto --bits 4/8 --limit-test 500 --output trial.csv --page trial.md
 
-All see the same FP32 checkpoint, calibration images (those that test.py draws), images to choose settings with
-(held out of training by the checkpoint) and test images. The tools conflict, so each has its own environment, made
-from requirements-peers-TOOL.txt when first needed, and runs there as a process of its own (peer_worker.py): one that
-fails is reported as failed and stops nothing. Everything runs in one thread, and times are seconds of that thread on
-the processor, not of the clock: other work on the machine disturbs them little.
+All see the same FP32 checkpoint, calibration images (those that test.py draws), images to choose settings with (held
+out of training by the checkpoint) and test images. The tools conflict, so each has its own environment, made from
+requirements-peers-TOOL.txt when first needed, and runs there as a process of its own (peer_worker.py): one that fails
+is reported and does not stop the others. Everything runs in one thread, and times are CPU seconds of that thread rather
+than wall-clock time, so other work on the machine hardly affects them.
 """
 
 import dataclasses
@@ -59,8 +59,9 @@ OFFERED = {
 BITS = ("8/8", "6/8", "4/8", "3/8", "2/8", "8/4", "6/6", "4/4", "2/4", "2/2", "8/32", "4/32", "2/32")
 OURS = {"ours": "auto", "ours-plain": "plain"}  # the name in the table → --rounding of test.py
 FP32 = "FP32 network"
-QUANTIZED = "quantized"  # what the measured file holds; other words say what it holds instead
-WORKS = 50.0  # percent; below, a tool's recipe has failed, and the distance to it tells nothing
+# The value of `stored` if the measured file holds quantized weights; any other text says what it holds instead.
+QUANTIZED = "quantized"
+WORKS = 50.0  # percent; below this a tool's recipe has failed, and comparing with it is meaningless
 BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
 
 COLUMNS = (
@@ -245,7 +246,7 @@ def peer(settings: Settings, material: Material, tool: str, bits: str) -> dict[s
 def last_line(log: Path) -> str:
     """The last line that a failed process wrote, cut to the length of a table's cell; paths from this folder on."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return " ".join((lines or ["it ends without a word"])[-1].split()).replace(f"{Path.cwd()}{os.sep}", "")[:160]
+    return " ".join((lines or ["it ended without any output"])[-1].split()).replace(f"{Path.cwd()}{os.sep}", "")[:160]
 
 
 def environment(folder: Path, tool: str) -> Path:

@@ -1,10 +1,9 @@
 """What each part of train.py's recipe is worth: the default run, and runs that differ from it in one thing.
 
 A change is a flag of train.py without its dashes, or several with a plus between ("lr 0.2", "cutout 8 + dropout 0.1");
-`default` changes nothing. What follows `--` is flags of train.py for all runs. Every run is evaluated at its end alone,
-so that none is helped by choosing an epoch; validation images tell the changes apart, test images only report. A
-run is kept as a row as soon as it ends, one that was cut goes on where it was, and rows that are there are not trained
-again.
+`default` changes nothing. Flags after `--` are passed to train.py in all runs. Every run is evaluated only at its end,
+so that none benefits from choosing an epoch; changes are compared on validation images, and test images only report. A
+row is saved as soon as its run ends, an interrupted run is resumed, and rows that exist are not trained again.
 
 python benchmarks/recipe.py --seeds 0,1,2 -- --data-dir D --device cuda --compile        300 epochs each: on a GPU
 python benchmarks/recipe.py --changes default,"lr 0.2" -- --data-dir D --width-mult 0.35 --epochs 10 --bf16     a CPU

@@ -1,4 +1,4 @@
-"""Training speed: this repository's step against a plain DataLoader recipe, in alternation, in one run.
+"""Training speed: this repository's training step against a plain DataLoader recipe, alternating within one run.
 
 Ours: the images lie on the device, augmentation works on whole tensors, channels_last; on CUDA bfloat16, fused SGD
 and, with --compile, torch.compile with CUDA graphs; on a CPU in FP32 and, with --bf16, in bfloat16 too. Plain:

@@ -1,4 +1,4 @@
-"""The networks. `models.mobilenetv2_cifar` holds the one there is: MobileNetV2 for 32x32 images."""
+"""The networks: so far only MobileNetV2 for 32x32 images."""
 
 from models.mobilenetv2_cifar import Architecture, MobileNetV2, multiply_adds, skeleton
 

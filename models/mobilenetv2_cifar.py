@@ -19,7 +19,7 @@ STEM_CHANNELS, LAST_CHANNELS = 32, 1280
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is needed to build the network again: it goes into every checkpoint and packed file."""
+    """What is needed to rebuild the network; stored in every checkpoint and packed file."""
 
     num_classes: int = 10
     width_mult: float = 1.0

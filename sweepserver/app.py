@@ -1,8 +1,8 @@
 """The HTTP side: who may ask, how much a body may hold, and which function answers.
 
-`POST /graphql` and the file stream come with basic auth `api:<key>`; pages with a cookie that a one-time link or the
-key itself buys; uploads and downloads with a signed address. Blocking work runs in threads, so a long read does not
-hold up a heartbeat.
+`POST /graphql` and the file stream come with basic auth `api:<key>`; pages with a cookie obtained through a one-time
+link or the key itself; uploads and downloads with a signed address. Blocking work runs in threads, so a long read does
+not hold up a heartbeat.
 """
 
 import asyncio

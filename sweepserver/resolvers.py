@@ -1,6 +1,6 @@
 """The root fields that the client asks for, and the nodes below them, as dicts of values and callables.
 
-One `Nodes` is made for a request, since addresses in answers start with the address that the client came by.
+One `Nodes` is made for a request, because URLs in answers start with the address the client connected to.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Runs: what the client says of one (upsert, file stream), and reading it back (history, filters, orders)."""
+"""Runs: what the client reports (upsert, file stream), and reading it back (history, filters, orders)."""
 
 import functools
 import itertools

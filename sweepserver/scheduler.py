@@ -1,4 +1,4 @@
-"""Sweeps, agents and points: who gets which configuration, and what becomes of one whose run is gone.
+"""Sweeps, agents and points: who gets which configuration, and what happens when its run is lost.
 
 A point is handed out in one transaction, so two agents never get the same one. It is settled by the first run of it
 that ends well. A run that crashed, was killed or fell silent gives its point back, at most `retries` times; a run
@@ -281,7 +281,7 @@ class Scheduler:
             self._finish_if_done(point["sweep"])
 
     def lose(self, run) -> None:
-        """The run is gone without a word."""
+        """The run vanished without reporting an end."""
         with self.store.write():
             run = self.store.one("SELECT * FROM run WHERE id=?", run["id"])
             if run is None or run["state"] not in LIVE:  # it ended, or was deleted, since the caller looked
@@ -318,7 +318,7 @@ class Scheduler:
             self.store.update("run", run["id"], stop_at=now(), stop_why=why)
 
     def check_silent(self, sweep_id: str | None = None) -> None:
-        """Gives up the runs that neither they nor their agent gave a sign of for `agent_timeout` seconds."""
+        """Gives up runs that neither they nor their agent have reported on for `agent_timeout` seconds."""
         limit = now() - self.rules.agent_timeout
         if now() - self.looked > 10:  # looked every 2 s: the server itself was asleep, as on a laptop that was closed
             self.started = now()

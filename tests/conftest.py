@@ -1,4 +1,4 @@
-"""What the tests share: one thread (small networks are faster so), and small data sets made on the spot."""
+"""Shared by the tests: one thread (faster for small networks), and small data sets made on the fly."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ def load_program(path: str, name: str):
 
 @pytest.fixture(autouse=True)
 def no_weights_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretrained weights are where a test puts them, or nowhere."""
+    """Pretrained weights exist only if a test puts them there."""
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
 
 

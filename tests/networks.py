@@ -35,7 +35,7 @@ def largest_sum(network: QuantizedNetwork) -> float:
 
 
 def fake_forward(network: QuantizedNetwork, images: torch.Tensor) -> torch.Tensor:
-    """The network in real numbers with fake quantization, as textbooks have it."""
+    """The network in floating point with fake quantization, as in textbooks."""
 
     def do(op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         layer = network.layers.get(op.name)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, nothing is unpickled, and what does not fit is said."""
+"""Checkpoints: what is saved is loaded back, nothing is unpickled, and mismatches are reported."""
 
 import dataclasses
 import json

@@ -149,7 +149,7 @@ def test_a_place_without_a_data_set_says_what_was_looked_for(tmp_path, monkeypat
     with pytest.raises(UserError, match="File name too long"):
         data.load("cifar10", tmp_path / ("x" * 300))
     cifar_archive("cifar10", tmp_path / "elsewhere")  # from here on no one answers to a download
-    with pytest.raises(UserError, match="cannot get cifar10 .*images of your own would lie in .*mistyped/train"):
+    with pytest.raises(UserError, match="cannot get cifar10 .*your own images would go in .*mistyped/train"):
         data.load("cifar10", tmp_path / "mistyped")
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "file"]
 

@@ -1,4 +1,4 @@
-"""test.py from the command line: one row per evaluation, grids that go on, packed files, and clear refusals."""
+"""test.py from the command line: one row per evaluation, resumable grids, packed files and clear error messages."""
 
 import itertools
 import shutil

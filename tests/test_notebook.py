@@ -1,4 +1,5 @@
-"""The whole way: sweep.py starts the embedded server, the real client sweeps test.py on digits, the notebook reads it.
+"""End to end: sweep.py starts the embedded server, the real client sweeps test.py on digits, and the notebook reads the
+result.
 
 What comes back through `wandb.Api()` must equal what test.py writes without W&B.
 """

@@ -66,7 +66,7 @@ def test_rows_of_another_machine_are_told(peers) -> None:
 def test_a_worker_that_fails_is_one_line(peers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "export", lambda settings, material: tmp_path)
     monkeypatch.setattr(peers, "environment", lambda folder, tool: Path("/bin/false"))
-    assert peers.peer(peers.Settings(), None, "quanto", "8/8") == {"error": "it ends without a word"}
+    assert peers.peer(peers.Settings(), None, "quanto", "8/8") == {"error": "it ended without any output"}
 
     def fake(command, **kwargs):
         Path(command[-1]).write_text(json.dumps({"accuracy": 1.0}))

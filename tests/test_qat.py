@@ -47,7 +47,7 @@ def test_training_at_two_bits_lowers_the_loss() -> None:
     state = qat.start(tuning, RECIPE, torch.device("cpu"))
     criterion = qat.distillation(network, 1.0, 0.0)
     losses = []
-    for _ in range(6):
+    for _ in range(RECIPE.epochs):
         training.train_epoch(state, tuning.train, RECIPE, network.normalization, state.model, lambda: None, criterion)
         losses.append(training.epoch_means(state, len(images))[0])
         training.next_epoch(state)

@@ -113,10 +113,21 @@ def integer_convolution(x, weight, op):
     return total
 
 
+def left_shift(weight, bias, end, most):
+    """How far an accumulator of 24 bits can be shifted before the bias is added. end: the input's largest integer."""
+    shift = 0
+    bound = (np.abs(weight.reshape(len(weight), -1)).sum(1) * end + np.abs(bias)).max()
+    while shift < most and (bound + 1) * 2 ** (shift + 1) < 2**24:
+        shift += 1
+    return shift
+
+
 def integer_logits(network, images):
-    """The network as an int32 accelerator runs it: integer sums, one float32 factor a channel, round, clip."""
+    """The network as an int32 accelerator runs it: integer sums, shifted, plus the bias, one float32 factor per
+    channel, round, clip."""
     mean = np.array(network.normalization.mean).reshape(1, 3, 1, 1)
     values, scales = {INPUT: images.numpy().astype(np.int64) - mean}, {INPUT: 1 / network.normalization.std}
+    ends = {INPUT: max(255 - mean.min(), mean.max())}
     for op in network.ops:
         grid = network.activations.get(op.name)
         out = float(grid.scale) if grid else 1.0
@@ -128,11 +139,13 @@ def integer_logits(network, images):
             scale = layer.grid.scale.double().expand(len(layer.bias)).numpy()
             weight = layer.codes.long().numpy() - layer.grid.zero_point.expand(len(layer.bias)).numpy().reshape(shape)
             factor = scale * scales[op.inputs[0]]
-            bias = np.rint(layer.bias.double().numpy() / factor).astype(np.int64)
+            bias = layer.bias.double().numpy() / factor
+            shift = left_shift(weight, bias, ends[op.inputs[0]], network.bias_fraction_bits)
+            bias, factor = np.rint(bias * 2**shift).astype(np.int64), factor / 2**shift
             if op.kind == "conv":
-                total = integer_convolution(inputs[0], weight, op) + bias.reshape(1, -1, 1, 1)
+                total = (integer_convolution(inputs[0], weight, op) << shift) + bias.reshape(1, -1, 1, 1)
             else:
-                total = inputs[0] @ weight.T + bias
+                total = ((inputs[0] @ weight.T) << shift) + bias
             assert np.abs(total).max() < 2**24
             shape = (1, -1) + (1,) * (total.ndim - 2)
             y = total.astype(np.float32) * (factor / out).astype(np.float32).reshape(shape)
@@ -145,14 +158,17 @@ def integer_logits(network, images):
         if grid:
             low = -int(grid.zero_point)
             y = np.clip(np.rint(y), low, low + grid.highest).astype(np.int64)
+            ends[op.name] = max(-low, low + grid.highest)
         values[op.name] = y
     return values[network.ops[-1].name]
 
 
 @pytest.mark.parametrize("weight_bits,activation_bits", [(8, 8), (4, 8), (4, 4), (2, 3)])
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_evaluation_is_integer_arithmetic(weight_bits, activation_bits, per_channel):
+@pytest.mark.parametrize("bias_fraction_bits", [0, 8])
+def test_evaluation_is_integer_arithmetic(weight_bits, activation_bits, per_channel, bias_fraction_bits):
     _, quantized, images = quantized_network(weight_bits, activation_bits, per_channel=per_channel)
+    quantized = dataclasses.replace(quantized, bias_fraction_bits=bias_fraction_bits)
     assert largest_sum(quantized) < 2**24
     logits = q.predictor(quantized)(images[:3]).numpy()
     np.testing.assert_array_equal(logits, integer_logits(quantized, images[:3]))
@@ -176,6 +192,7 @@ def test_only_convolutions_over_several_places_are_transformed_by_cudnn():
 def test_layers_with_larger_sums_run_in_float64(monkeypatch):
     """Oracle: the same network in float32, which holds its sums; and a layer whose sums it does not hold, in numpy."""
     _, quantized, images = quantized_network(8, 8)
+    quantized = dataclasses.replace(quantized, bias_fraction_bits=0)  # their number follows from EXACT too
     logits = q.predictor(quantized)(images[:3])
     monkeypatch.setattr(q, "EXACT", largest_sum(quantized) / 2)
     kinds = {step.weight.dtype for step in q.prepare(quantized) if step.weight is not None}

@@ -1,4 +1,5 @@
-"""Training: schedule, averages, and above all that a run cut anywhere ends as the uninterrupted one, to the bit."""
+"""Training: schedule, averages and, above all, that a run interrupted anywhere ends bit for bit like an uninterrupted
+one."""
 
 import contextlib
 import copy
