@@ -77,7 +77,7 @@ def sensitivities(
     on_layer(name) tells progress. UserError with a single image: rounding and measuring need different ones."""
     rounding_images, measuring = parts(images)
     choices = [bits for bits in choices if bits > 1 or not plan.symmetric]  # one bit has no middle code
-    network, plan = prepared(network, images, plan)
+    network, plan = prepared(network, rounding_images, plan)
     sums = layer_moments(network, rounding_images)
     layers: dict[str, dict[int, Layer]] = {}
     for op in network.weighted:
@@ -105,7 +105,7 @@ def value_sensitivities(
     """Every stored value but the image and the logits, alone, on the plan's kind of grid; bytes: of one image. images
     and errors as in `sensitivities`: the last few measure, the others give the ranges."""
     range_images, measuring = parts(images)
-    network, plan = prepared(network, images, plan)
+    network, plan = prepared(network, range_images, plan)
     seen, stored = observe(network, range_images), stored_values(network.ops)
     elements = value_sizes(network.ops, network.weights, images.shape[-1])
 

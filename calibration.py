@@ -32,7 +32,7 @@ from reconstruction import Reconstruction, reconstruct, tune
 
 POSITIONS = 2**18  # output positions per layer used in the least squares; more take longer and change nothing
 # Shrunken weight ranges that coordinate descent tries besides the whole one, by bits.
-SHARES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.9, 0.8, 0.7, 0.6), 4: (0.9, 0.8)}
+SHARES = {1: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.9, 0.8, 0.7, 0.6), 4: (0.9, 0.8)}
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,8 @@ TUNE_BITS = 2  # if weights and activations both have at most this many: scales 
 METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
 
 
-def method_plan(
-    method: str, weight_bits: int | None, activation_bits: int | None, per_channel: bool = True
-) -> tuple[Plan, str]:
-    """(plan, name of the method). ValueError for an unknown method.
+def method_plan(method: str, weight_bits: int | None, activation_bits: int | None, per_channel: bool = True) -> Plan:
+    """The plan of a method at these bits. ValueError for an unknown method.
 
     plain: the textbook method: min-max weights rounded to nearest, min-max activations, no correction.
     auto: what won on validation images of CIFAR-10 at these bits (benchmarks/README.md): coordinate descent with
@@ -92,13 +90,13 @@ def method_plan(
         raise ValueError(f"method {method!r}; expected auto, {', '.join(METHODS)}")
     plan = Plan(weight_bits, activation_bits, per_channel)
     if method == "plain":
-        return replace(plan, act_range="minmax"), method
+        return replace(plan, act_range="minmax")
     if method in ("auto", "reconstruct"):
         few = min(weight_bits or 32, activation_bits or 32) <= FEW_BITS
         even = (activation_bits or 32) <= EVEN_BITS
         tuned = method == "auto" and max(weight_bits or 32, activation_bits or 32) <= TUNE_BITS
         plan = replace(plan, bias_correction=True, edge_bits=8 if few else None, equalize=even, tune=tuned)
-    return replace(plan, rounding="cd" if method == "auto" else method), method
+    return replace(plan, rounding="cd" if method == "auto" else method)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Normalization, Split, batches
-from errors import UserError
+from errors import UserError, reason
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,22 @@ class Score:
 
 
 @torch.inference_mode()
-def score(forward: Callable[[Tensor], Tensor], split: Split, batch_size: int, device: torch.device | str) -> Score:
-    """`forward`: uint8 images [B, 3, 32, 32] → logits [B, classes]. Reads the result back once, at the end."""
+def score(
+    forward: Callable[[Tensor], Tensor],
+    split: Split,
+    batch_size: int,
+    device: torch.device | str,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> Score:
+    """`forward`: uint8 images [B, 3, 32, 32] → logits [B, classes]. Reads the result back once, at the end.
+    on_batch(images of the batch) reports progress."""
     correct, losses = [], []
     for batch in batches(split, batch_size):
         labels = batch.labels.to(device)
         logits = forward(batch.images.to(device)).float()
         correct.append((logits.argmax(1) == labels).sum())
         losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        on_batch(len(labels))
     hits, loss = int(torch.stack(correct).sum()), float(torch.stack(losses).cpu().double().sum())
     return Score(100.0 * hits / len(split), loss / len(split), len(split))
 
@@ -54,9 +62,7 @@ def choose_device(name: str | None) -> torch.device:
             torch.cuda.set_device(device)  # for calls that use the current device implicitly
         return device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
+        raise UserError(f"--device {name} cannot be used here ({reason(error)}); try --device cpu") from None
 
 
 def device_name(device: torch.device) -> str:

@@ -75,7 +75,7 @@ def first_tuning(
     teacher = folded(checkpoint, path)
     images = random_subset(train, IMAGES, seed).images
     begun = time.perf_counter()
-    plan = method_plan("auto", weight_bits, activation_bits)[0]
+    plan = method_plan("auto", weight_bits, activation_bits)
     plan = dataclasses.replace(plan, tune=False)  # fine-tuning does that, and more
     network, plan = prepared(teacher, images, plan)
     model = LearnedNetwork(network, quantize_network(network, images, plan))

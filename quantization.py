@@ -56,8 +56,11 @@ def make_grid(bits: int, low: Tensor, high: Tensor, symmetric: bool = False) -> 
     """The grid over [low, high] (widened to hold 0, which padding and ReLU need exactly), shapes [] or [channels].
 
     Symmetric: the zero-point is the middle code 2^(bits-1) and the scale is max(|low|, |high|) / (2^(bits-1) - 1).
-    UserError for a range whose scale float16 cannot hold.
+    UserError for a range whose scale float16 cannot hold; ValueError for one bit, which has no middle code, where
+    symmetric.
     """
+    if symmetric and bits < 2:
+        raise ValueError("one bit has no middle code for a symmetric grid")
     low, high = low.clamp(max=0), high.clamp(min=0)
     highest = 2**bits - 1
     if symmetric:

@@ -20,10 +20,11 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ from quantization import ACTIVATION_RANGES, WEIGHT_RANGES, QuantizedNetwork, flo
 from subject import Subject
 
 CALIBRATION_BATCH = 128  # images in a calibration batch, whatever --batch-size is: it must not change the result
+BITS_COLUMNS = ("weight_quant_bits", "activation_quant_bits")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
-MIXED_BITS = (3, 4)  # mixed weights and activations take the method of uniform ones at these bits
+MIXED_BITS = (3, 4)  # mixed weights and activations take the method of uniform ones at these bits, or their own least
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ class Shared:
     def fp32(self) -> Score:
         device = choose_device(self.settings.device)
         forward = predictor(float_network(self.subject.network), device)
-        return score(forward, self.subject.test, self.settings.batch_size, device)
+        with bar("FP32", len(self.subject.test), "img") as on_batch:
+            return score(forward, self.subject.test, self.settings.batch_size, device, on_batch)
 
 
 def main() -> int:
@@ -301,17 +304,19 @@ def check_used(settings: Settings) -> None:
 
 def check_targets(settings: Settings) -> None:
     """UserError, before any work, if an output cannot be written or would overwrite an input."""
-    sources = (settings.packed, settings.checkpoint or subjects.default_checkpoint(), settings.bits_file)
-    if any(same_file(settings.save_packed, source) for source in sources):
-        raise UserError(f"--save-packed is {settings.save_packed}, which is read here; give it another name")
-    named = {"--save-packed": settings.save_packed, "--output": settings.output}
-    if any(settings.searched):
-        named["--bits-file"] = settings.bits_file
-    for (one, path), (other, second) in itertools.combinations(named.items(), 2):
+    written = {"--save-packed": settings.save_packed, "--output": settings.output}
+    read = {"--packed": settings.packed, "the checkpoint": settings.checkpoint or subjects.default_checkpoint()}
+    (written if any(settings.searched) else read)["--bits-file"] = settings.bits_file
+    pairs = [*itertools.combinations(written.items(), 2), *itertools.product(written.items(), read.items())]
+    for (one, path), (other, second) in pairs:
         if same_file(path, second):
-            raise UserError(f"{one} and {other} both write {path}; give one of them another name")
-    for path in filter(None, named.values()):
+            raise UserError(f"{one} and {other} are both {path}; give {one} another name")
+    for path in filter(None, written.values()):
         check_writable(path)
+    if settings.save_packed and os.path.exists(settings.save_packed):
+        load_packed(settings.save_packed)  # UserError for a file of another kind: it is not replaced
+    if any(settings.searched) and settings.bits_file and os.path.exists(settings.bits_file):
+        bitsfile.read(settings.bits_file)
 
 
 def point_of(settings: Settings) -> Point:
@@ -322,19 +327,21 @@ def point_of(settings: Settings) -> Point:
     weight_bits, activation_bits = (None if b[0] == 32 else b[0] for b in bits)
     layers, values = exceptions(settings, weight_bits, activation_bits) if settings.mixed else ({}, {})
     if layers or settings.searched[0]:
-        weight_bits = weight_bits or MIXED_BITS[0]
+        weight_bits = weight_bits or max(MIXED_BITS[0], min(layers.values(), default=0))
     if values or settings.searched[1]:
-        activation_bits = activation_bits or MIXED_BITS[1]
+        activation_bits = activation_bits or max(MIXED_BITS[1], min(values.values(), default=0))
+    if settings.rounding == "reconstruct" and settings.tune is not None:
+        raise UserError("--rounding reconstruct always tunes last; leave out --tune and --no-tune")
     names = ["weight_range", "bias_correction"] if weight_bits else []  # FP32 layers have nothing to change
     names += ["act_range", "equalize"] if activation_bits else []
     names += ["tune"] if weight_bits or activation_bits else []
     changes = {n: getattr(settings, n) for n in (*names, "edge_bits") if getattr(settings, n) is not None}
-    plan, method = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
+    plan = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
     plan = dataclasses.replace(plan, symmetric=settings.symmetric, layer_bits=layers, value_bits=values, **changes)
     notes = [f"{name}={value}" for name, value in changes.items()]
     told = {"symmetric": settings.symmetric and weight_bits, "entropy": settings.entropy, "mixed": settings.mixed}
     notes += [name for name, is_so in told.items() if is_so]
-    return Point(weight_bits, activation_bits, plan, "+".join([method, *notes]))
+    return Point(weight_bits, activation_bits, plan, "+".join([settings.rounding, *notes]))
 
 
 def exceptions(
@@ -357,11 +364,14 @@ def exceptions(
 
 def label(settings: Settings) -> tracking.Labels:
     """How W&B shows the run: w4a8-b128, grouped by checkpoint."""
-    point = point_of(settings)
-    path = settings.packed or settings.checkpoint or subjects.default_checkpoint()
-    bits = "mixed" if settings.mixed else f"w{point.weight_bits or 32}a{point.activation_bits or 32}"
-    name = f"{bits}-b{settings.batch_size}"
-    return tracking.Labels(name, checkpoints.short_hash(path), (point.method, path.stem))
+    if settings.packed:
+        path, row = settings.packed, packed_row(settings.packed, load_packed(settings.packed)[1])
+        weight_bits, activation_bits, method = (row.get(name) for name in (*BITS_COLUMNS, "method"))
+    else:
+        path, point = settings.checkpoint or subjects.default_checkpoint(), point_of(settings)
+        weight_bits, activation_bits, method = point.weight_bits, point.activation_bits, point.method
+    bits = "mixed" if settings.mixed else f"w{weight_bits or 32:g}a{activation_bits or 32:g}"
+    return tracking.Labels(f"{bits}-b{settings.batch_size}", checkpoints.short_hash(path), (str(method), path.stem))
 
 
 # ------------------------------------------------------------------------------------------------------ one evaluation
@@ -488,14 +498,10 @@ def evaluate_packed(settings: Settings) -> Outcome:
         if given and (made or field.name in ("checkpoint", "save_packed")):
             raise UserError(f"--packed has weights, bits and method in the file; leave out {flag(field.name)}")
     network, info, seconds = unpacked(settings.packed)
-    try:
-        known, classes, hint = results.renamed(info["row"]), tuple(info["classes"]), info["dataset"]
-        fp32 = known["test_acc_fp32"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{settings.packed} was not written by test.py --save-packed; it does not name its classes"
-        ) from None
-    dataset = subjects.load_data(settings.dataset, settings.data_dir, settings.packed, hint, classes)
+    known = packed_row(settings.packed, info)
+    fp32 = known["test_acc_fp32"]
+    classes = tuple(info["classes"])
+    dataset = subjects.load_data(settings.dataset, settings.data_dir, settings.packed, info["dataset"], classes)
     if known.get("dataset_crc32", dataset.crc32) != dataset.crc32:
         print("note: the FP32 network was not measured on these images: no test_acc_fp32, no drop", file=sys.stderr)
         known["test_acc_fp32"] = fp32 = None
@@ -509,6 +515,16 @@ def evaluate_packed(settings: Settings) -> Outcome:
         | size_cells(sizes)
     )
     return Outcome(row, sizes, settings.packed, seconds)
+
+
+def packed_row(path: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a packed file's header knows of the row of results.csv. UserError where test.py did not write it."""
+    try:
+        row = results.renamed(info["row"])
+        assert {"classes", "dataset"} <= info.keys() and "test_acc_fp32" in row
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
+        raise UserError(f"{path} was not written by test.py --save-packed; it does not name its classes") from None
+    return row
 
 
 def unpacked(path: Path) -> tuple[QuantizedNetwork, dict[str, Any], float]:
@@ -558,7 +574,8 @@ def measured(settings: Settings, network: QuantizedNetwork, test: data.Split, fp
     else:
         score(forward, test, settings.batch_size, device)
     begun = time.perf_counter()
-    quantized = score(forward, test, settings.batch_size, device)
+    with bar("evaluation", len(test), "img") as on_batch:
+        quantized = score(forward, test, settings.batch_size, device, on_batch)
     seconds = time.perf_counter() - begun
     return {
         "test_acc_quantized": quantized.accuracy,
@@ -583,15 +600,22 @@ def size_cells(sizes: SizeReport) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar, on a terminal; yields the function that moves it."""
+    with tqdm(total=total, desc=what, unit=unit, leave=False, disable=None) as shown:
+        yield shown.update
+
+
+@contextlib.contextmanager
 def layer_bar(network: Network) -> Iterator[Callable[[str], None]]:
-    """A progress bar over the layers while they are rounded, on a terminal."""
-    with tqdm(total=len(network.weighted), desc="calibration", unit="layer", leave=False, disable=None) as bar:
-        yield lambda name: bar.update()
+    """The bar of the layers while they are rounded: it moves at each layer's name."""
+    with bar("calibration", len(network.weighted), "layer") as update:
+        yield lambda name: update(1)
 
 
 def summary(outcome: Outcome) -> str:
     row = outcome.row
-    bits = [row[name] or 32 for name in ("weight_quant_bits", "activation_quant_bits")]
+    bits = [row[name] or 32 for name in BITS_COLUMNS]
     drop = f"FP32 {row['test_acc_fp32']:.2f}, drop {row['acc_drop']:.2f}" if row["acc_drop"] is not None else "no FP32"
     return (
         f"w{bits[0]:g}a{bits[1]:g}: test_acc_quantized {row['test_acc_quantized']:.2f} % ({drop}), "

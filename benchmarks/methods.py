@@ -72,7 +72,7 @@ def plan_of(method: str, weight_bits: int | None, activation_bits: int | None) -
     if method in VARIANTS:
         return dataclasses.replace(Plan(weight_bits, activation_bits), **VARIANTS[method])
     try:
-        return method_plan(method, weight_bits, activation_bits)[0]
+        return method_plan(method, weight_bits, activation_bits)
     except ValueError:
         raise UserError(f"--methods has {method!r}; expected plain, auto, reconstruct, {', '.join(VARIANTS)}") from None
 

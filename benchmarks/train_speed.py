@@ -66,7 +66,7 @@ def our_steps(settings: Settings, device: torch.device, bf16: bool, tuned: bool)
     model, criterion = MobileNetV2(Architecture(10, settings.width_mult)), None
     if tuned:
         network = to_device(fold_batch_norm(model.eval(), Normalization()), "cpu")
-        plan, _ = method_plan("plain", 2, 2)
+        plan = method_plan("plain", 2, 2)
         learned = LearnedNetwork(network, quantize_network(network, split.images, plan))
         teacher = to_device(network, device)
         state = qat.start(qat.FineTuning(teacher, learned, split, split, 0, {}), recipe, device)

@@ -32,7 +32,7 @@ def case():
 
 @pytest.fixture(scope="module")
 def table(case):
-    return sensitivities(*case, method_plan("auto", 4, None)[0], CHOICES)
+    return sensitivities(*case, method_plan("auto", 4, None), CHOICES)
 
 
 def random_table(seed, rows=6, monotonic=False):
@@ -124,7 +124,7 @@ def test_a_value_s_harm_is_that_of_the_whole_network_with_one_grid(case):
 def test_bytes_of_layers_are_those_of_the_file(case, entropy, tmp_path):
     """All but the header and what the coder shares: exact when packed, within the coder's lanes when coded."""
     network, images = case
-    table = sensitivities(network, images[:16], method_plan("plain", 4, None)[0], (3,), entropy)
+    table = sensitivities(network, images[:16], method_plan("plain", 4, None), (3,), entropy)
     whole = with_layers(float_network(network), {name: row[3].layer for name, row in table.items()})
     report = save_packed(whole, tmp_path / "p.safetensors", {}, entropy=entropy)
     if not entropy:
@@ -139,7 +139,7 @@ def test_bytes_of_layers_are_those_of_the_file(case, entropy, tmp_path):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_the_file_is_as_small_as_asked(case, entropy, tmp_path):
     network, images = case[0], case[1][:32]
-    plan = method_plan("auto", 4, None)[0]
+    plan = method_plan("auto", 4, None)
     table = sensitivities(network, images, plan, CHOICES, entropy)
 
     def size(quantized):
@@ -193,7 +193,7 @@ def test_a_generous_budget_gets_the_least_harm_however_small(seed, small):
 
 def test_the_least_size_that_there_is_can_be_had(case, table, tmp_path):
     network, images = case
-    plan = dataclasses.replace(method_plan("auto", 4, 8)[0], edge_bits=None)
+    plan = dataclasses.replace(method_plan("auto", 4, 8), edge_bits=None)
 
     def build(bits):
         return quantize_network(network, images, dataclasses.replace(plan, layer_bits=bits))

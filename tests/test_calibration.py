@@ -29,7 +29,7 @@ def logit_error(case, plan):
 
 
 def test_better_methods_are_better(case):
-    plans = {m: method_plan(m, 3, 8)[0] for m in ("plain", "nearest", "gptq", "cd")}
+    plans = {m: method_plan(m, 3, 8) for m in ("plain", "nearest", "gptq", "cd")}
     plans["corrected"] = dataclasses.replace(plans["cd"], bias_correction=True)
     errors = {name: logit_error(case, plan) for name, plan in plans.items()}
     assert errors["gptq"] < errors["nearest"] and errors["cd"] < errors["nearest"]
@@ -45,7 +45,7 @@ def test_more_bits_are_better(case):
 def test_every_method_keeps_the_promised_bits(case, method):
     network, calibration, _, _ = case
     short = Reconstruction(iterations=1, network_iterations=1, batch_size=8)
-    plan = dataclasses.replace(method_plan(method, 4, 4)[0], edge_bits=None, reconstruction=short)
+    plan = dataclasses.replace(method_plan(method, 4, 4), edge_bits=None, reconstruction=short)
     quantized = quantize_network(network, calibration[:16], plan)
     assert {layer.grid.bits for layer in quantized.layers.values()} == {4}
     assert {grid.bits for grid in quantized.activations.values()} == {4}
@@ -84,7 +84,7 @@ def test_nothing_quantized_is_fp32(case):
 
 def test_the_same_again_is_the_same(case):
     network, calibration, images, _ = case
-    plan = method_plan("auto", 2, 4)[0]
+    plan = method_plan("auto", 2, 4)
     twice = [predictor(quantize_network(network, calibration[:32], plan))(images) for _ in range(2)]
     assert torch.equal(*twice)
 
@@ -111,9 +111,9 @@ def test_a_method_that_there_is_not_is_refused():
 @pytest.mark.parametrize("weights", [8, 4, 3, 2, None])
 @pytest.mark.parametrize("activations", [8, 5, 4, 3, 2, None])
 def test_what_auto_does_at_which_bits(weights, activations):
-    plan, name = method_plan("auto", weights, activations)
+    plan = method_plan("auto", weights, activations)
     few = any(bits in (2, 3) for bits in (weights, activations))
-    assert (plan.rounding, plan.act_range, plan.bias_correction, name) == ("cd", "mse", True, "auto")
+    assert (plan.rounding, plan.act_range, plan.bias_correction) == ("cd", "mse", True)
     assert plan.edge_bits == (8 if few else None)
     assert plan.equalize == (activations in (4, 3, 2))
     assert plan.tune == ((weights, activations) == (2, 2))

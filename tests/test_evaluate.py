@@ -204,8 +204,8 @@ def test_mixed_precision_keeps_its_promise_and_comes_back(call, flags, column, m
         (["--device", "nope"], "--device is 'nope'"),
         (["--weight-bits", "4,2", "--plot", "."], "--plot"),
         (["--weight-bits", "4,2", "--plot", "o.png", "--output", "./o.png"], "--output and --plot both write"),
-        (["--weight-bits", "4", "--save-packed", "o.csv", "--output", "o.csv"], "--save-packed and --output both"),
-        (["--target-size-mb", "1", "--bits-file", "r", "--output", "r"], "--output and --bits-file both write"),
+        (["--weight-bits", "4", "--save-packed", "o.csv", "--output", "o.csv"], "--save-packed and --output are both"),
+        (["--target-size-mb", "1", "--bits-file", "r", "--output", "r"], "--output and --bits-file are both"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(call, flags, words):
