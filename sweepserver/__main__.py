@@ -88,9 +88,14 @@ def main(argv: list[str] | None = None) -> None:
 def ask(args: argparse.Namespace) -> None:
     """`env` and `link`: speak to the running server of this data folder."""
     end = time.monotonic() + args.wait
-    while (ready := _answering(args.data_dir)) is None:
+    while (ready := _running(args.data_dir)) is None or not _answers(ready):
         if time.monotonic() >= end:
-            raise UserError(f"no server runs on --data-dir {args.data_dir}; start one: python -m sweepserver &")
+            raise UserError(
+                f"no server runs on --data-dir {args.data_dir}; start one: python -m sweepserver &"
+                if ready is None
+                else f"the server of --data-dir {args.data_dir} (process {ready['pid']}) runs, but {ready['url']} does "
+                f"not answer; try again with --wait 30, or end it (kill {ready['pid']}) and start it anew"
+            )
         time.sleep(0.1)
     if args.command == "env":
         print(f"export WANDB_BASE_URL={ready['url']}\nexport WANDB_API_KEY={ready['key']}")
@@ -186,16 +191,23 @@ def _write_private(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _answering(folder: Path) -> dict | None:
+def _running(folder: Path) -> dict | None:
+    """What the server of this folder says of itself, None where no such process lives."""
     ready = read_ready(folder)
-    if ready is None:
-        return None
     try:
-        os.kill(ready["pid"], 0)  # of a server that was killed, the file is still there
-        with _open(ready["url"] + "/healthz", timeout=2):
-            return ready
+        if ready is not None:
+            os.kill(ready["pid"], 0)  # of a server that was killed, the file is still there
+        return ready
     except OSError:
         return None
+
+
+def _answers(ready: dict) -> bool:
+    try:
+        with _open(ready["url"] + "/healthz", timeout=2):
+            return True
+    except OSError:
+        return False
 
 
 def _basic(ready: dict) -> str:

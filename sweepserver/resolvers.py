@@ -11,6 +11,7 @@ import re
 from . import store as s
 from .artifacts import Artifacts
 from .files import NO_FILE, checked_name
+from .patterns import holding
 from .runs import best, dig, log_line
 from .scheduler import LIVE
 from .search import BadSweep, parse_sweep
@@ -249,7 +250,8 @@ class Nodes:
             rows = [known[name] for name in names if name in known] + absent
         elif pattern:  # SQL LIKE
             escaped = re.escape(pattern).replace("%", ".*").replace("_", ".")
-            rows = [row for row in rows if re.fullmatch(escaped, row["name"])]
+            found = holding([row["name"] for row in rows], rf"\A{escaped}\Z", "s")
+            rows = [row for row in rows if row["name"] in found]
         return self.connection(rows, self.file, **k)
 
     def file(self, row, name: str | None = None) -> dict:

@@ -1,6 +1,8 @@
 """A running sweepserver asked over HTTP by a small client: hand-out, loss and return of points, permissions."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -451,6 +453,10 @@ def test_what_the_client_asks_of_a_server_before_it_goes_on(direct):
     )
     (edge,) = direct.ask(query)["project"]["run"]["files"]["edges"]
     assert edge["node"] == {"name": "sub/a.txt", "sizeBytes": 4}
+    query = query.replace('names: ["./sub/a.txt"]', "pattern: $like")
+    for like, count in (("sub/%", 1), ("%.t_t", 1), ("sub", 0), ("%", 1)):
+        answer = direct.ask(f"query Q($like: String) {query}", like=like)
+        assert len(answer["project"]["run"]["files"]["edges"]) == count, like
 
 
 def test_an_unknown_operation_is_an_error_with_status_200(direct):
@@ -516,6 +522,16 @@ def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
         done = command(*flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("error: ") and word in done.stderr
+
+
+def test_a_server_that_does_not_answer_is_not_taken_for_none(tmp_path):
+    with sweepserver.start(tmp_path) as running:
+        os.kill(running.pid, signal.SIGSTOP)
+        try:
+            done = command("env", "--data-dir", str(tmp_path))
+        finally:
+            os.kill(running.pid, signal.SIGCONT)
+    assert done.returncode == 2 and f"kill {running.pid}" in done.stderr and "does not answer" in done.stderr
 
 
 def server_folder(server) -> str:

@@ -221,7 +221,14 @@ def runs(tmp_path):
             state=state,
             sweep="s" if i else None,
             tags=json.dumps([f"t{i}"]),
-            config=json.dumps({"bits": {"value": i}, "opt": {"value": {"lr": i / 10}}}),
+            config=json.dumps(
+                {
+                    "bits": {"value": i},
+                    "opt": {"value": {"lr": i / 10}},
+                    "s": {"value": f"lr{i}_w{i + 2}a8_s{i}"},
+                    "a": {"value": {"value": "b"} if i == 2 else "c"},
+                }
+            ),
             summary=json.dumps(summary),
         )
     return runs
@@ -237,6 +244,10 @@ def runs(tmp_path):
     ({"name": {"$regex": "^R[01]", "$options": "i"}}, "01"), ({"name": {"$regex": "^R"}}, ""),
     ({"username": "local"}, "0123"), ({"user": {"$ne": "local"}}, ""), ({"entity": "e"}, "0123"),
     ({"created_at": {"$gt": "2020-01-01T00:00:00"}}, "0123"), ({"created_at": {"$gt": "2999-01-01"}}, ""),
+    ({"config.s": {"$regex": "^lr.*s0$"}}, "0"), ({"config.s": {"$regex": "w[24]a8"}}, "02"),
+    ({"config.s": {"$regex": "s1|lr0"}}, "01"), ({"config.s": {"$not": {"$regex": "(lr){1,2}0"}}}, "123"),
+    ({"$nor": [{"name": "r0"}, {"state": "failed"}]}, "13"), ({"name": {"$in": []}}, ""),
+    ({"config.opt.value.lr": 0.3}, "3"), ({"config.opt.value.lr": {"$lt": 0.2}}, "01"), ({"config.a.value": "b"}, "2"),
 ])  # fmt: skip
 def test_filters(runs, filters, want):
     assert "".join(run["name"][1] for run in runs.find(1, filters)) == want
@@ -245,11 +256,35 @@ def test_filters(runs, filters, want):
 @pytest.mark.parametrize("filters, word", [
     ({"config.bits": {"$mod": 2}}, "$mod"), ({"$where": "1"}, "$where"), ({"name": {"$options": "i"}}, "$options"),
     ({"name": {"$regex": "("}}, "$regex '('"), ({"name": {"$regex": "r", "$options": "q"}}, "$options 'q'"),
+    ({"name": {"$regex": 3}}, "$regex '3'"), ({"name": {"$regex": "(" * 5000}}, "$regex"),
+    ({"name": {"$in": "r1"}}, "$in of name takes a list"), ({"tags": {"$all": 3}}, "$all of tags takes a list"),
+    ({"$and": [3]}, "expected a mapping"), ("nonsense", "expected a mapping"),
+    ({"created_at": {"$gt": "yesterday"}}, "'yesterday' is no date"),
 ])  # fmt: skip
 def test_a_filter_that_is_not_known_is_refused(runs, filters, word):
     with pytest.raises(walker.Refused) as caught:
         runs.find(1, filters)
     assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pattern_that_takes_for_ever_is_refused_and_holds_up_no_other_thread(runs):
+    for i in range(4):
+        runs.store.update("run", i + 1, config=json.dumps({"s": {"value": "a" * 40 + "b"}}))
+    beats, over = [], threading.Event()
+
+    def beat():
+        while not over.wait(0.01):
+            beats.append(1)
+
+    other = threading.Thread(target=beat)
+    other.start()
+    try:
+        with pytest.raises(walker.Refused, match="takes too long"):
+            runs.find(1, {"config.s": {"$regex": "(a+)+$"}})
+    finally:
+        over.set()
+        other.join()
+    assert len(beats) > 20  # of about 100: `re` in this process would have let through none
 
 
 @pytest.mark.parametrize(
