@@ -11,13 +11,14 @@ import os
 import secrets
 import signal
 import socket
+import sqlite3
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
 from cli import OneLineParser
-from errors import UserError, run_main
+from errors import UserError, reason, run_main
 
 from . import read_ready
 
@@ -107,6 +108,13 @@ def ask(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Runs until it is told to end."""
+    from .runs import check_place
+    from .walker import Refused
+
+    try:
+        check_place("--entity", args.entity)
+    except Refused as refusal:
+        raise UserError(str(refusal)) from None
     folder = args.data_dir
     os.umask(0o077)  # what runs logged is for this user alone
     try:
@@ -127,7 +135,16 @@ def serve(args: argparse.Namespace) -> None:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     rules = Rules(args.retries, args.agent_timeout, args.stop_grace)
-    app = build(Settings(folder, key, args.entity, rules, args.max_upload_mb * 2**20))
+    try:
+        app = build(Settings(folder, key, args.entity, rules, args.max_upload_mb * 2**20))
+    except sqlite3.DatabaseError as error:
+        damaged = type(error) is sqlite3.DatabaseError  # else it is locked, full, a folder
+        state, advice = ("is damaged", "move it away") if damaged else ("cannot be used", "check it")
+        raise UserError(
+            f"--data-dir {folder}: sweepserver.sqlite {state} ({reason(error)}); {advice} or give another --data-dir"
+        ) from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--data-dir {folder}: blobs is no folder; move it away or give another --data-dir") from None
     port = listener.getsockname()[1]
     shown = socket.gethostname() if args.host in ("0.0.0.0", "::", "") else args.host
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
@@ -176,10 +193,12 @@ def _key(folder: Path) -> str:
     path = folder / "key"
     if not path.exists():
         _write_private(path, secrets.token_hex(20))
+    if not path.is_file():
+        raise UserError(f"{path} is no file; move it away and a new key is made")
     if path.stat().st_mode & 0o077:
         raise UserError(f"{path} can be read by others: chmod 600 {path}")
-    key = path.read_text().strip()
-    if len(key) < 40:
+    key = path.read_text(encoding="ascii", errors="replace").strip()
+    if len(key) < 40 or not (key.isascii() and key.isprintable()):
         raise UserError(f"{path} holds no key of 40 letters; delete it and a new one is made")
     return key
 

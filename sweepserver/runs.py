@@ -17,6 +17,12 @@ _ADJECTIVES = "amber bold brisk calm clear crisp eager fair fresh gentle keen li
 _NOUNS = "aurora brook cedar cloud dune ember fern field harbor lake maple meadow moon pine reef river sky star"
 
 
+def check_place(what: str, text: str) -> None:
+    """Refuses a name of an entity or project that no address can lead to. `what`: what it names, for the message."""
+    if not text.strip() or text in (".", "..") or UNREACHABLE.search(text) or len(text) > 128:
+        raise Refused(f"{what} {text!r}: expected at most 128 letters without / \\ # ? % : or a line break")
+
+
 class Runs:
     def __init__(self, store: Store, user: str = "local"):
         """user: whose runs these are."""
@@ -28,8 +34,7 @@ class Runs:
         row = self.store.one("SELECT * FROM project WHERE entity=? AND name=?", entity, name)
         if row is None and create:
             for what, text in (("entity", entity), ("project", name)):
-                if not text.strip() or text in (".", "..") or UNREACHABLE.search(text) or len(text) > 128:
-                    raise Refused(f"{what} {text!r}: expected at most 128 letters without / \\ # ? % : or a line break")
+                check_place(what, text)
             with self.store.write() as db:
                 db.execute("INSERT OR IGNORE INTO project(entity, name, created) VALUES(?,?,?)", (entity, name, now()))
             row = self.project(entity, name)

@@ -502,6 +502,29 @@ def command(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
+def broken_folders(tmp_path):
+    """Flags that name a data folder in which something is not what the server put there, and words of its answer."""
+    for what, word in {
+        "bytes": "sweepserver.sqlite is damaged (file is not a database); move it away",
+        "sqlite": "sweepserver.sqlite cannot be used",
+        "key": "key is no file; move it away",
+        "key bytes": "key holds no key of 40 letters",
+        "blobs": "blobs is no folder; move it away",
+    }.items():
+        folder = tmp_path / what
+        folder.mkdir()
+        if what == "bytes":
+            (folder / "sweepserver.sqlite").write_bytes(b"\x01\x02\xff" * 4000)
+        elif what == "key bytes":
+            (folder / "key").write_bytes(b"\xff\xfe" * 40)
+            (folder / "key").chmod(0o600)
+        elif what == "blobs":
+            (folder / "blobs").write_text("")
+        else:
+            (folder / {"sqlite": "sweepserver.sqlite", "key": "key"}[what]).mkdir()
+        yield ("--port", "0", "--data-dir", str(folder)), word
+
+
 def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
     folder = Path(server_folder(server))
     (tmp_path / "file").write_text("")
@@ -518,6 +541,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
         (("--agent-timeout", "nan"), "--agent-timeout"),
         (("env", "--wait", "nan"), "--wait"),
         (("env", "--data-dir", str(tmp_path / "none")), "no server runs"),
+        (("--entity", "a/b", "--data-dir", str(tmp_path / "d")), "--entity 'a/b'"),
+        (("--entity", "", "--data-dir", str(tmp_path / "d")), "--entity ''"),
+        *broken_folders(tmp_path),
     ]:
         done = command(*flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
