@@ -354,7 +354,8 @@ def test_files_go_up_and_come_back_and_nothing_else_can_be_reached(direct, serve
     url = upload_address(direct, "files", "media/x.html")["data"]["createRunFiles"]["files"][0]["uploadUrl"]
     assert direct.request("PUT", url, b"<script>1</script>", {})[0] == 200  # the client sends no Authorization here
     assert direct.request("PUT", url[:-4] + "AAAA", b"x", {})[0] == 403
-    assert direct.request("PUT", url, b"x" * (2**20 + 1), {})[0] == 413
+    status, _, body = direct.request("PUT", url, b"x" * (2**20 + 1), {})
+    assert status == 413 and b"--max-upload-mb" in body
     status, headers, body = direct.request("GET", "/files/local/p/files/media/x.html")
     assert (status, body) == (200, b"<script>1</script>")
     assert headers["content-disposition"].startswith("attachment") and headers["content-security-policy"] == "sandbox"

@@ -568,7 +568,11 @@ def test_the_number_of_a_deleted_run_is_not_given_out_again(runs):
 
 
 def status(served, method: str, path: str, body: bytes = b"", host: bytes = b"x") -> int:
-    """What the application answers, without a network."""
+    return answer(served, method, path, body, [(b"host", host)])[0]
+
+
+def answer(served, method: str, path: str, body: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, bytes]:
+    """Status and body of what the application answers, without a network."""
     scope = {
         "type": "http",
         "root_path": "",
@@ -576,7 +580,7 @@ def status(served, method: str, path: str, body: bytes = b"", host: bytes = b"x"
         "scheme": "http",
         "method": method,
         "path": path,
-        "headers": [(b"host", host)],
+        "headers": headers,
         "server": ("127.0.0.1", 1),
         "http_version": "1.1",
     }
@@ -589,7 +593,7 @@ def status(served, method: str, path: str, body: bytes = b"", host: bytes = b"x"
         answers.append(message)
 
     asyncio.run(served(scope, receive, send))
-    return answers[0]["status"]
+    return answers[0]["status"], answers[1]["body"]
 
 
 def test_the_guard_believes_no_host_header(tmp_path, monkeypatch):
@@ -648,6 +652,46 @@ def test_a_folder_of_an_older_server_is_renewed_with_what_it_holds(tmp_path):
     files.delete([row])
     files.record("run:1", "new", "blob", 1, "md5")
     assert files.get("run:1", "new")["id"] == 8
+
+
+@pytest.mark.parametrize("headers, said", [([(b"content-length", b"2000000")], "2000000 bytes"), ([], "content")])
+def test_a_file_over_the_limit_is_told_of_in_the_log_and_the_answer(tmp_path, caplog, headers, said):
+    served = app.build(app.Settings(tmp_path, "k" * 40, upload_limit=2**20))
+    server = served.state.server
+    key = server.runs.create(server.runs.project("local", "p", create=True)["id"], "r1", state="running")
+    for owner, shown in ((f"run:{key}", "run local/p/r1"), ("artifact:3", "artifact:3")):
+        caplog.clear()
+        address = "/" + server.files.sign("upload", owner=owner, name="media/x.bin")
+        code, body = answer(served, "PUT", address, b"x" * 2000000, headers)
+        assert code == 413 and "1 MB that --max-upload-mb allows" in json.loads(body)["error"]
+        (line,) = caplog.messages
+        assert all(word in line for word in ("media/x.bin", shown, said, "1 MB", "--max-upload-mb")), line
+
+
+def test_what_cannot_be_answered_is_one_line_in_the_log_and_an_alert_is_kept_there(tmp_path, caplog):
+    server = app.Server(app.Settings(tmp_path, "k" * 40))
+    loop = "fragment F on User { id ...F }"
+    for asked, word in [
+        ([], "no GraphQL request"),
+        ({"query": 3}, "no GraphQL request"),
+        ({"query": "{ viewer { id } }", "variables": [1]}, "no GraphQL request"),
+        ({"query": f"{{ viewer {{ ...F }} }} {loop}"}, "one of its fragments holds itself"),
+        ({"query": 'mutation { linkArtifact(input: {artifactID: "x"}) { versionIndex } }'}, "linked artifacts"),
+        ({"query": '{ users(query: "x") { edges { node { id } } } }'}, "users and teams"),
+        ({"query": "{ entity { integrations { edges { node { id } } } } }"}, "automations and integrations"),
+    ]:
+        caplog.clear()
+        _, text = server.graphql(json.dumps(asked).encode(), "http://x/")
+        (error,) = json.loads(text)["errors"]
+        (record,) = caplog.records
+        assert word in error["message"] and word in record.getMessage() and not record.exc_info, asked
+    caplog.clear()
+    alert = (
+        'mutation { notifyScriptableRunAlert(input: {entityName: "e", projectName: "p", runName: "r", '
+        'title: "low", text: "loss\\nis nan"}) { success } }'
+    )
+    assert "errors" not in server.graphql(json.dumps({"query": alert}).encode(), "http://x/")[1]
+    assert caplog.messages == ["alert of run e/p/r: low: loss is nan"]
 
 
 def test_a_database_without_room_leaves_no_bytes_and_no_5xx(tmp_path, monkeypatch):
