@@ -529,6 +529,7 @@ def broken_folders(tmp_path):
 def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
     folder = Path(server_folder(server))
     (tmp_path / "file").write_text("")
+    (tmp_path / "server.json").write_text("[1]")
     port = server.url.rsplit(":", 1)[1]
     for flags, word in [
         (("--port", port, "--data-dir", str(tmp_path / "d")), "--port"),
@@ -542,6 +543,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
         (("--agent-timeout", "nan"), "--agent-timeout"),
         (("env", "--wait", "nan"), "--wait"),
         (("env", "--data-dir", str(tmp_path / "none")), "no server runs"),
+        (("link", "--data-dir", str(tmp_path)), "no server runs"),
         (("--entity", "a/b", "--data-dir", str(tmp_path / "d")), "--entity 'a/b'"),
         (("--entity", "", "--data-dir", str(tmp_path / "d")), "--entity ''"),
         *broken_folders(tmp_path),
