@@ -187,10 +187,17 @@ def start(job_type: str, labels: Labels) -> Any:
 
 
 def refuse(error: Exception) -> NoReturn:
-    raise UserError(
-        f"W&B: {first_line(error)} (set WANDB_BASE_URL and WANDB_API_KEY, as `python -m sweepserver` prints them, "
-        "or WANDB_MODE=offline)"
-    ) from None
+    """Raises `UserError` with what W&B's error says, and advice where its kind allows some."""
+    import wandb
+
+    text, advice = first_line(error), ""
+    if text.startswith(("Could not find", "Invalid path")):
+        advice = " (check WANDB_ENTITY, WANDB_PROJECT and SWEEP_ID)"
+    elif isinstance(error, wandb.errors.CommError) or "api key" in text.lower().replace("_", " "):
+        advice = (
+            " (set WANDB_BASE_URL and WANDB_API_KEY, as `python -m sweepserver` prints them, or WANDB_MODE=offline)"
+        )
+    raise UserError(f"W&B: {text}{advice}") from None
 
 
 def sweep_parameters() -> dict[str, Any]:

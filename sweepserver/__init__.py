@@ -79,6 +79,7 @@ def start(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0) ->
 def read_ready(folder: str | Path) -> dict | None:
     """What a running server says of itself (url, key, link, pid); None where there is none."""
     try:
-        return json.loads((Path(folder) / "server.json").read_text())
-    except (OSError, ValueError):
+        ready = json.loads((Path(folder) / "server.json").read_text())
+        return ready if ready.keys() >= {"url", "key", "link", "pid"} else None
+    except (OSError, ValueError, AttributeError):
         return None

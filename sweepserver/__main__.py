@@ -11,13 +11,14 @@ import os
 import secrets
 import signal
 import socket
+import sqlite3
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
 from cli import OneLineParser
-from errors import UserError, run_main
+from errors import UserError, reason, run_main
 
 from . import read_ready
 
@@ -88,9 +89,14 @@ def main(argv: list[str] | None = None) -> None:
 def ask(args: argparse.Namespace) -> None:
     """`env` and `link`: speak to the running server of this data folder."""
     end = time.monotonic() + args.wait
-    while (ready := _answering(args.data_dir)) is None:
+    while (ready := _running(args.data_dir)) is None or not _answers(ready):
         if time.monotonic() >= end:
-            raise UserError(f"no server runs on --data-dir {args.data_dir}; start one: python -m sweepserver &")
+            raise UserError(
+                f"no server runs on --data-dir {args.data_dir}; start one: python -m sweepserver &"
+                if ready is None
+                else f"the server of --data-dir {args.data_dir} (process {ready['pid']}) runs, but {ready['url']} does "
+                f"not answer; try again with --wait 30, or end it (kill {ready['pid']}) and start it anew"
+            )
         time.sleep(0.1)
     if args.command == "env":
         print(f"export WANDB_BASE_URL={ready['url']}\nexport WANDB_API_KEY={ready['key']}")
@@ -102,6 +108,13 @@ def ask(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Runs until it is told to end."""
+    from .runs import check_place
+    from .walker import Refused
+
+    try:
+        check_place("--entity", args.entity)
+    except Refused as refusal:
+        raise UserError(str(refusal)) from None
     folder = args.data_dir
     os.umask(0o077)  # what runs logged is for this user alone
     try:
@@ -122,7 +135,16 @@ def serve(args: argparse.Namespace) -> None:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     rules = Rules(args.retries, args.agent_timeout, args.stop_grace)
-    app = build(Settings(folder, key, args.entity, rules, args.max_upload_mb * 2**20))
+    try:
+        app = build(Settings(folder, key, args.entity, rules, args.max_upload_mb * 2**20))
+    except sqlite3.DatabaseError as error:
+        damaged = type(error) is sqlite3.DatabaseError  # else it is locked, full, a folder
+        state, advice = ("is damaged", "move it away") if damaged else ("cannot be used", "check it")
+        raise UserError(
+            f"--data-dir {folder}: sweepserver.sqlite {state} ({reason(error)}); {advice} or give another --data-dir"
+        ) from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--data-dir {folder}: blobs is no folder; move it away or give another --data-dir") from None
     port = listener.getsockname()[1]
     shown = socket.gethostname() if args.host in ("0.0.0.0", "::", "") else args.host
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
@@ -171,10 +193,12 @@ def _key(folder: Path) -> str:
     path = folder / "key"
     if not path.exists():
         _write_private(path, secrets.token_hex(20))
+    if not path.is_file():
+        raise UserError(f"{path} is no file; move it away and a new key is made")
     if path.stat().st_mode & 0o077:
         raise UserError(f"{path} can be read by others: chmod 600 {path}")
-    key = path.read_text().strip()
-    if len(key) < 40:
+    key = path.read_text(encoding="ascii", errors="replace").strip()
+    if len(key) < 40 or not (key.isascii() and key.isprintable()):
         raise UserError(f"{path} holds no key of 40 letters; delete it and a new one is made")
     return key
 
@@ -186,16 +210,23 @@ def _write_private(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _answering(folder: Path) -> dict | None:
+def _running(folder: Path) -> dict | None:
+    """What the server of this folder says of itself, None where no such process lives."""
     ready = read_ready(folder)
-    if ready is None:
-        return None
     try:
-        os.kill(ready["pid"], 0)  # of a server that was killed, the file is still there
-        with _open(ready["url"] + "/healthz", timeout=2):
-            return ready
+        if ready is not None:
+            os.kill(ready["pid"], 0)  # of a server that was killed, the file is still there
+        return ready
     except OSError:
         return None
+
+
+def _answers(ready: dict) -> bool:
+    try:
+        with _open(ready["url"] + "/healthz", timeout=2):
+            return True
+    except OSError:
+        return False
 
 
 def _basic(ready: dict) -> str:

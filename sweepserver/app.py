@@ -118,22 +118,30 @@ class Server:
     def _ticket(self, ticket: str, kind: str):
         return self.store.one("SELECT 1 FROM ticket WHERE hash=? AND kind=? AND expires>=?", _hash(ticket), kind, now())
 
+    def owner(self, text: str) -> str:
+        """Whose a file is, in words: `run:7` as entity/project/run."""
+        run = text.startswith("run:") and self.store.one("SELECT * FROM run WHERE id=?", text.removeprefix("run:"))
+        if not run:
+            return text
+        project = self.store.one("SELECT * FROM project WHERE id=?", run["project"])
+        return f"run {project['entity']}/{project['name']}/{run['name']}"
+
     # -- what the client asks -------------------------------------------------------------------------------------
 
     def graphql(self, body: bytes, base_url: str) -> tuple[int, str]:
         """Answers one GraphQL request: (status, JSON). Never 5xx: the client would repeat it for minutes."""
         try:
-            asked = json.loads(body)
-            variables = asked.get("variables") or {}
-            variables = json.loads(variables) if isinstance(variables, str) else variables
-            nodes = Nodes(self, base_url)
-            answer = walker.execute(asked["query"], variables, nodes.roots(), asked.get("operationName") or "")
+            query, variables, name = _asked(body)
+            return 200, _dumps(walker.execute(query, variables, Nodes(self, base_url).roots(), name))
         except walker.Refused as refusal:
-            return refusal.status, _dumps({"errors": [{"message": str(refusal)}], "data": None})
+            status, message = refusal.status, str(refusal)
+        except RecursionError:
+            status, message = 400, "the request is nested too deeply, or one of its fragments holds itself"
         except Exception as error:  # whatever it is
             log.exception("a request could not be answered")
             return 200, _dumps({"errors": [{"message": f"bad request: {type(error).__name__}: {error}"}], "data": None})
-        return 200, _dumps(answer)
+        log.warning("a request was refused: %s", message)
+        return status, _dumps({"errors": [{"message": message}], "data": None})
 
     def file_stream(self, entity: str, project: str, name: str, body: bytes) -> tuple[int, dict]:
         try:
@@ -147,6 +155,7 @@ class Server:
         try:
             self._streamed(run, asked)
         except _MISSHAPEN as error:
+            log.warning("a file stream of run %s/%s/%s was refused: %s", entity, project, name, error)
             return 400, {"error": f"the body is no file stream: {error}"}
         return 200, {"stopped": bool(run["stop_at"]), "exitcode": None, "limits": {}}
 
@@ -181,15 +190,22 @@ def build(settings: Settings) -> Starlette:
         what = server.files.allowed("upload", request.path_params["token"])
         if what is None:
             return JSONResponse({"error": "this upload address is unknown or has expired"}, 403)
-        if int(request.headers.get("content-length") or 0) > server.files.limit:
-            drained = 0  # a client that is cut off while it still sends sees a broken pipe, not the 413
-            async for chunk in request.stream():
-                drained += len(chunk)
-                if drained > DRAIN:
-                    break
-            raise TooLarge
+        size = int(request.headers.get("content-length") or 0)
         try:
+            if size > server.files.limit:
+                drained = 0  # a client that is cut off while it still sends sees a broken pipe, not the 413
+                async for chunk in request.stream():
+                    drained += len(chunk)
+                    if drained > DRAIN:
+                        break
+                raise TooLarge
             stored = await server.files.put(what["owner"], what["name"], request.stream(), what.get("md5"))
+        except TooLarge:  # the client says nothing of it
+            owner = await run_in_threadpool(server.owner, what["owner"])
+            limit = f"{server.files.limit / 2**20:g} MB that --max-upload-mb allows"
+            length = f"{size} bytes are" if size else "content is"
+            log.warning("file %s of %s was not taken: its %s more than the %s", what["name"], owner, length, limit)
+            return JSONResponse({"error": f"the file is larger than the {limit}"}, 413)
         except (OSError, sqlite3.OperationalError):  # a full disk: a 5xx would only make the client repeat it
             log.exception("a file could not be stored")
             stored = False
@@ -255,10 +271,7 @@ def build(settings: Settings) -> Starlette:
             asked = f"{scope['method']} {scope['path']}"  # request.url holds what the client wrote in its Host header
             if not (_OPEN.fullmatch(asked) or server.has_key(request) or server.has_cookie(request)):
                 return await _denied(server, request)(scope, receive, send)
-            try:
-                await self.app(scope, receive, send)
-            except TooLarge:
-                await JSONResponse({"error": "the body is too large"}, 413)(scope, receive, send)
+            await self.app(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
@@ -321,8 +334,8 @@ class _Headers:
         await self.app(scope, receive, with_headers)
 
 
-async def _too_large(_request, _error) -> Response:
-    return JSONResponse({"error": "the body is too large"}, 413)
+async def _too_large(_request, error: TooLarge) -> Response:
+    return JSONResponse({"error": f"the body is too large: {error}"}, 413)
 
 
 async def _body(request: Request, limit: int = BODY_LIMIT) -> bytes:
@@ -330,9 +343,22 @@ async def _body(request: Request, limit: int = BODY_LIMIT) -> bytes:
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise TooLarge
+            raise TooLarge(f"more than {limit} bytes")
         parts.append(chunk)
     return b"".join(parts)
+
+
+def _asked(body: bytes) -> tuple[str, dict, str]:
+    """The document, variables and operation name that a GraphQL request holds."""
+    try:
+        asked = json.loads(body)
+        variables = asked.get("variables") or {}
+        variables = json.loads(variables) if isinstance(variables, str) else variables
+        if isinstance(asked["query"], str) and isinstance(variables, dict):
+            return asked["query"], variables, asked.get("operationName") or ""
+    except (ValueError, AttributeError, KeyError):
+        pass
+    raise walker.Refused('the body is no GraphQL request: expected {"query": "...", "variables": {...}} in JSON', 400)
 
 
 def _send(server: Server, row) -> Response:

@@ -4,17 +4,22 @@ One `Nodes` is made for a request, because URLs in answers start with the addres
 """
 
 import base64
+import functools
 import json
+import logging
 import posixpath
 import re
 
 from . import store as s
 from .artifacts import Artifacts
 from .files import NO_FILE, checked_name
+from .patterns import holding
 from .runs import best, dig, log_line
 from .scheduler import LIVE
 from .search import BadSweep, parse_sweep
 from .walker import Refused
+
+log = logging.getLogger("sweepserver")
 
 # What the client asks before it asks for more. Features: the names of its ServerFeature; any version of it is welcome.
 SERVER_INFO = {
@@ -22,6 +27,22 @@ SERVER_INFO = {
     "cliVersionInfo": {"max_cli_version": "999.0.0"},
     "latestLocalVersionInfo": None,
 }
+# What is not here, by the fields that ask for it: the client shows the reason.
+_NOT_HERE = {
+    "linked artifacts and registries are not supported here: log the artifact in the project that uses it":
+        "linkArtifact unlinkArtifact updateArtifactPortfolio deleteArtifactPortfolio",
+    "users and teams are not supported here: there is one user, --entity of the server":
+        "users createUser createTeam createInvite deleteInvite createServiceAccount generateApiKey deleteApiKey",
+    "automations and integrations are not supported here":
+        "triggers createFilterTrigger updateFilterTrigger deleteTrigger integrations createGenericWebhookIntegration",
+}  # fmt: skip
+
+
+def _refuse(why: str, /, **_):
+    raise Refused(why)
+
+
+NOT_HERE = {name: functools.partial(_refuse, why) for why, names in _NOT_HERE.items() for name in names.split()}
 
 
 class Nodes:
@@ -51,7 +72,7 @@ class Nodes:
             "updateRunState": self.update_run_state, "upsertModel": self.upsert_project,
             "createRunFiles": self.create_run_files, "deleteFiles": self.delete_files,
             "markRunFilesUploaded": lambda **_: {"success": True},
-            "notifyScriptableRunAlert": lambda **_: {"success": True},
+            "notifyScriptableRunAlert": self.alert,
             "createArtifact": a.create, "commitArtifact": a.commit, "createArtifactManifest": a.create_manifest,
             "updateArtifactManifest": a.update_manifest, "createArtifactFiles": a.create_files, "useArtifact": a.use,
             "updateArtifact": a.update, "addAliases": a.add_aliases, "deleteAliases": a.delete_aliases,
@@ -60,7 +81,7 @@ class Nodes:
             "createArtifactCollectionTagAssignments": a.tag_collection,
             "deleteArtifactCollectionTagAssignments": a.untag_collection,
         }  # fmt: skip
-        return {"query": query, "mutation": mutation}
+        return {"query": {**NOT_HERE, **query}, "mutation": {**NOT_HERE, **mutation}}
 
     def type_(self, name=None, **_) -> dict:
         """Introspection as 0.19 and 0.22 use it: which fields there are. Null would break their Api."""
@@ -84,6 +105,7 @@ class Nodes:
             "email": f"{name}@localhost",
             "admin": True,
             "flags": "{}",
+            "projects": lambda **k: self.projects(name, **k),
             "deletedAt": None,
             "photoUrl": None,
             "teams": {"edges": [{"node": {"__typename": "Entity", "id": s.opaque("Entity", name), "name": name}}]},
@@ -112,6 +134,8 @@ class Nodes:
             "isPaid": False,
             "photoUrl": None,
             "xxhashDigestsEnabled": False,
+            "integrations": NOT_HERE["integrations"],
+            "projects": lambda **k: self.projects(name, **k),
             "project": lambda name=None, **_k: self.find_project(name, name),
         }
 
@@ -178,7 +202,7 @@ class Nodes:
                                                                           self.run, **k),
             "run": run, "bucket": run, "sweep": sweep, "totalSweeps": lambda **_: len(sweeps()),
             "sweeps": lambda **k: self.connection(sweeps(), self.sweep, **k),
-            **self.artifacts.of_project(project),
+            "triggers": NOT_HERE["triggers"], **self.artifacts.of_project(project),
         }  # fmt: skip
 
     def run(self, run) -> dict | None:
@@ -249,7 +273,8 @@ class Nodes:
             rows = [known[name] for name in names if name in known] + absent
         elif pattern:  # SQL LIKE
             escaped = re.escape(pattern).replace("%", ".*").replace("_", ".")
-            rows = [row for row in rows if re.fullmatch(escaped, row["name"])]
+            found = holding([row["name"] for row in rows], rf"\A{escaped}\Z", "s")
+            rows = [row for row in rows if row["name"] in found]
         return self.connection(rows, self.file, **k)
 
     def file(self, row, name: str | None = None) -> dict:
@@ -283,9 +308,9 @@ class Nodes:
         if sweep is None:
             return None
         try:
-            search, expected = parse_sweep(sweep["config"]), parse_sweep(sweep["config"]).size
+            search = parse_sweep(sweep["config"])
         except BadSweep:  # bayes, and the package is gone
-            search, expected = None, None
+            search = None
 
         def runs(**k):
             return self.connection(
@@ -312,8 +337,8 @@ class Nodes:
             "updatedAt": s.iso(sweep["updated"] or sweep["created"]), "heartbeatAt": s.iso(sweep["updated"]),
             "bestLoss": best_loss, "runCount": lambda **_: self.store.value("SELECT COUNT(*) FROM run WHERE sweep=?",
                                                                       sweep["id"]),
-            "runCountExpected": expected, "earlyStopJobRunning": False, "controller": None, "scheduler": None,
-            "controllerRunName": None, "runs": runs,
+            "runCountExpected": search and search.size, "earlyStopJobRunning": False, "controller": None,
+            "scheduler": None, "controllerRunName": None, "runs": runs,
             "project": lambda **_: self.project(self.store.one("SELECT * FROM project WHERE id=?", sweep["project"])),
             "agents": lambda **k: self.connection(agents(), self.agent, **k),
             "agent": lambda agentName=None, **_: next((self.agent(row) for row in agents() if agentName in (
@@ -397,6 +422,13 @@ class Nodes:
         if run["state"] in LIVE:
             self.scheduler.stop(run, "stop")
         return {"success": True, "clientMutationId": None}
+
+    def alert(self, input: dict, **_) -> dict:
+        """`run.alert()`: nobody gets a message; the log keeps it."""
+        run = "/".join(str(input.get(name)) for name in ("entityName", "projectName", "runName"))
+        title, text = (" ".join(str(input.get(name) or "").split()) for name in ("title", "text"))
+        log.warning("alert of run %s: %s: %s", run, title, text)
+        return {"success": True}
 
     def update_run_state(self, input: dict, **_) -> dict:
         run, state = self._run(input["id"]), input.get("state")

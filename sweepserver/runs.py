@@ -1,21 +1,26 @@
 """Runs: what the client reports (upsert, file stream), and reading it back (history, filters, orders)."""
 
-import functools
 import itertools
 import json
 import math
-import operator
 import random
 import re
+from datetime import UTC, datetime
 
+from .patterns import holding
 from .store import Store, clean, clean_text, now, number, opaque, opaque_key, parsed
 from .walker import Refused
 
 STREAMS = {"wandb-history.jsonl": "history", "wandb-events.jsonl": "events", "output.log": "log"}
 UNREACHABLE = re.compile(r"[/\\#?%:\x00-\x1f]")  # in a name: no address leads to it (W&B refuses them too)
-_FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}  # of $options
 _ADJECTIVES = "amber bold brisk calm clear crisp eager fair fresh gentle keen light lively lucid neat quick quiet warm"
 _NOUNS = "aurora brook cedar cloud dune ember fern field harbor lake maple meadow moon pine reef river sky star"
+
+
+def check_place(what: str, text: str) -> None:
+    """Refuses a name of an entity or project that no address can lead to. `what`: what it names, for the message."""
+    if not text.strip() or text in (".", "..") or UNREACHABLE.search(text) or len(text) > 128:
+        raise Refused(f"{what} {text!r}: expected at most 128 letters without / \\ # ? % : or a line break")
 
 
 class Runs:
@@ -29,8 +34,7 @@ class Runs:
         row = self.store.one("SELECT * FROM project WHERE entity=? AND name=?", entity, name)
         if row is None and create:
             for what, text in (("entity", entity), ("project", name)):
-                if not text.strip() or text in (".", "..") or UNREACHABLE.search(text) or len(text) > 128:
-                    raise Refused(f"{what} {text!r}: expected at most 128 letters without / \\ # ? % : or a line break")
+                check_place(what, text)
             with self.store.write() as db:
                 db.execute("INSERT OR IGNORE INTO project(entity, name, created) VALUES(?,?,?)", (entity, name, now()))
             row = self.project(entity, name)
@@ -259,10 +263,11 @@ class Runs:
     def find(self, project: int, filters=None, order: str | None = None) -> list:
         """The runs of a project that pass Mongo-like `filters`, in `order` ("-summary_metrics.acc,+created_at")."""
         rows = self.store.all("SELECT * FROM run WHERE project=?", project)
-        filters = parsed(filters, {}) if isinstance(filters, str) else filters
+        if isinstance(filters, str) and filters:
+            filters = parsed(filters, filters)  # what is no JSON is refused below
         views = [_View(self, row) for row in rows]
         if filters:
-            views = [view for view in views if matches(view, filters)]
+            views = [view for view, passed in zip(views, matches(views, filters), strict=True) if passed]
         views.sort(key=lambda view: view.row["id"])
         for part in reversed((order or "+created_at").split(",")):
             name, descending = part.strip().lstrip("+-"), part.strip().startswith("-")
@@ -291,9 +296,9 @@ class _View:
         if root in ("config", "summary_metrics", "summaryMetrics", "summary") and rest:
             if root not in self._cache:
                 self._cache[root] = self.runs.config(self.row) if root == "config" else self.runs.summary(self.row)
-            values = self._cache[root]
-            value = dig(values, rest)
-            return dig(values, rest.removesuffix(".value")) if value is None and rest.endswith(".value") else value
+            shorter = [rest[: at.start()] + rest[at.end() :] for at in re.finditer(r"\.value(?=\.|$)", rest)]
+            found = (dig(self._cache[root], path) for path in (rest, *shorter))  # config.opt.value.lr: as it is stored
+            return next((value for value in found if value is not None), None)
         if root == "tags":
             return json.loads(self.row["tags"])
         if root in ("username", "user"):
@@ -349,44 +354,49 @@ def sortable(value):
     return None if value in ("NaN", "") else (1, 0, str(value))
 
 
-def matches(view: _View, filters: dict) -> bool:
-    """MongoDB's query language, the part that the client uses. An unknown operator is refused."""
+def matches(views: list[_View], filters: dict) -> list[bool]:
+    """Which of the runs pass. MongoDB's query language, the part that the client uses; all else is refused."""
+    if not isinstance(filters, dict):
+        raise Refused(f"filters: expected a mapping of names to values, not {str(filters)[:80]!r}")
+    passed = [True] * len(views)
     for name, wanted in filters.items():
         if name in ("$and", "$or", "$nor"):
-            hits = [matches(view, part) for part in (wanted if isinstance(wanted, list) else [wanted])]
-            if not {"$and": all(hits), "$or": any(hits), "$nor": not any(hits)}[name]:
-                return False
+            parts = [matches(views, part) for part in (wanted if isinstance(wanted, list) else [wanted])]
+            hits = [(all if name == "$and" else any)(part[i] for part in parts) for i in range(len(views))]
+            hits = [not hit for hit in hits] if name == "$nor" else hits
         elif name == "$not":
-            if matches(view, wanted):
-                return False
+            hits = [not hit for hit in matches(views, wanted)]
         elif name.startswith("$"):
             raise Refused(f"filters: the operator {name} is not known here")
-        elif not _passes(view.get(name), wanted, name):
-            return False
-    return True
+        else:
+            hits = _passes([view.get(name) for view in views], wanted, name)
+        passed = [before and hit for before, hit in zip(passed, hits, strict=True)]
+    return passed
 
 
-def _passes(value, wanted, name: str) -> bool:
+def _passes(values: list, wanted, name: str) -> list[bool]:
+    """Which of the runs' values of the field `name` are as wanted."""
     if not (isinstance(wanted, dict) and any(str(key).startswith("$") for key in wanted)):
-        return _equal(value, wanted)
+        return [_equal(value, wanted) for value in values]
     wanted = dict(wanted)
-    flags = wanted.pop("$options", "") if "$regex" in wanted else ""  # of the pattern beside it
-    return all(
-        _found(operand, flags, value) if key == "$regex" else _operator(value, key, operand, name)
-        for key, operand in wanted.items()
-    )
-
-
-def _found(pattern, flags, value) -> bool:
-    """Whether a text holds the pattern."""
-    try:
-        found = re.compile(pattern, functools.reduce(operator.or_, (_FLAGS[letter] for letter in flags), 0))
-    except (re.error, TypeError, KeyError) as error:
-        raise Refused(f"filters: cannot use $regex {pattern!r} with $options {flags!r} ({error})") from None
-    return isinstance(value, str) and found.search(value) is not None
+    options = wanted.pop("$options", "") if "$regex" in wanted else ""  # of the pattern beside it
+    passed = [True] * len(values)
+    for key, operand in wanted.items():
+        if key == "$regex":
+            texts = {value for value in values if isinstance(value, str)}
+            found = holding(sorted(texts), operand, options)  # of all runs at once: it costs a process
+            hits = [isinstance(value, str) and value in found for value in values]
+        elif key == "$not":
+            hits = [not hit for hit in _passes(values, operand, name)]
+        else:
+            hits = [_operator(value, key, operand, name) for value in values]
+        passed = [before and hit for before, hit in zip(passed, hits, strict=True)]
+    return passed
 
 
 def _operator(value, key: str, operand, name: str) -> bool:
+    if key in ("$in", "$nin", "$all") and not isinstance(operand, list):
+        raise Refused(f"filters: {key} of {name} takes a list, not {str(operand)[:80]!r}")
     if key == "$eq":
         return _equal(value, operand)
     if key == "$ne":
@@ -395,13 +405,11 @@ def _operator(value, key: str, operand, name: str) -> bool:
         return any(_equal(value, item) for item in operand) == (key == "$in")
     if key == "$exists":
         return (value is not None) == bool(operand)
-    if key == "$not":
-        return not _passes(value, operand, name)
     if key == "$all":
         return isinstance(value, list) and all(item in value for item in operand)
     if key in ("$gt", "$gte", "$lt", "$lte"):
         if name.split(".")[0] in ("created_at", "createdAt", "heartbeat_at", "heartbeatAt", "updated_at"):
-            operand = _seconds(operand)
+            operand = _seconds(operand, name)
         left, right = sortable(value), sortable(operand)
         if left is None or right is None or left[0] != right[0]:
             return False
@@ -415,15 +423,14 @@ def _equal(value, wanted) -> bool:
     return value == wanted
 
 
-def _seconds(text):
-    from datetime import UTC, datetime
-
+def _seconds(text, name: str):
+    """Seconds since 1970 of a date in a filter; a number is that already."""
     if not isinstance(text, str):
         return text
     try:
-        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        moment = datetime.fromisoformat(text)
     except ValueError:
-        return None
+        raise Refused(f"filters: {name}: {text[:80]!r} is no date such as 2026-01-31 or 2026-01-31T12:00:00Z") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 

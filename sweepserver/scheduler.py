@@ -21,7 +21,7 @@ from .store import Store, now, parsed
 from .walker import Refused
 
 log = logging.getLogger("sweepserver")
-LIVE = ("pending", "running")
+LIVE = ("pending", "running")  # in an f-string just as SQL writes it
 INTERRUPTED = {130, 137, 143, 255}  # Ctrl-C (the client says 255), SIGKILL, SIGTERM
 
 
@@ -163,9 +163,7 @@ class Scheduler:
             if sweep is None:
                 raise Refused("agent or sweep not found", 404)
             self.store.update("agent", agent_id, heartbeat=now(), state="RUNNING")
-            mine = self.store.all(
-                "SELECT * FROM run WHERE agent=? AND state IN ('pending','running','crashed')", agent_id
-            )
+            mine = self.store.all(f"SELECT * FROM run WHERE agent=? AND state IN {(*LIVE, 'crashed')}", agent_id)
             for run in mine:
                 if run["name"] in alive:
                     self.runs.touch(run)
@@ -177,7 +175,7 @@ class Scheduler:
             self._check_early(sweep)
             self._finish_if_done(sweep["id"])
             sweep = self.sweep(sweep["id"])
-            live = self.store.all("SELECT * FROM run WHERE agent=? AND state IN ('pending','running')", agent_id)
+            live = self.store.all(f"SELECT * FROM run WHERE agent=? AND state IN {LIVE}", agent_id)
             commands = []
             for run in live:
                 overdue = run["stop_at"] and now() - run["stop_at"] > self.rules.stop_grace
@@ -326,7 +324,7 @@ class Scheduler:
         if self.started > limit:
             return
         where, values = ("AND sweep=?", (sweep_id,)) if sweep_id else ("", ())
-        sql = f"SELECT * FROM run WHERE state IN ('pending','running') AND heartbeat<? {where}"
+        sql = f"SELECT * FROM run WHERE state IN {LIVE} AND heartbeat<? {where}"
         for run in self.store.all(sql, limit, *values):
             self.lose(run)
         with self.store.write() as db:
@@ -354,16 +352,14 @@ class Scheduler:
 
     def _others(self, run) -> list:
         """The other runs of the run's point that still go on."""
-        return self.store.all(
-            "SELECT * FROM run WHERE point=? AND id<>? AND state IN ('pending','running')", run["point"], run["id"]
-        )
+        return self.store.all(f"SELECT * FROM run WHERE point=? AND id<>? AND state IN {LIVE}", run["point"], run["id"])
 
     def _finish_if_done(self, sweep_id: str) -> None:
         sweep = self.sweep(sweep_id)
         if sweep is None or sweep["state"] not in ("PENDING", "RUNNING"):
             return
         counts = self.counts(sweep)
-        if counts["waiting"] == 0 and counts["running"] == 0 or self._reached(sweep):
+        if (counts["waiting"] == 0 and counts["running"] == 0) or self._reached(sweep):
             self.store.update("sweep", sweep_id, state="FINISHED", updated=now())
 
     def _reached(self, sweep) -> bool:
@@ -375,7 +371,7 @@ class Scheduler:
         )
 
     def _live(self, sweep_id: str):
-        return self.store.all("SELECT * FROM run WHERE sweep=? AND state IN ('pending','running')", sweep_id)
+        return self.store.all(f"SELECT * FROM run WHERE sweep=? AND state IN {LIVE}", sweep_id)
 
     def _check_early(self, sweep) -> None:
         """Hyperband, at most every 5 s a sweep."""

@@ -94,12 +94,12 @@ class _Walk:
             name, data[key] = nodes[0].name.value, None
             try:
                 if name not in fields:
-                    log.warning("unknown operation %s: refused (a newer client?)", name)
                     raise Refused(f"Cannot query field {name!r}: this server does not know it")
                 data[key] = self._value(fields[name], nodes, name)
             except Refused as refusal:
                 if refusal.status != 200:
                     raise
+                log.warning("%s was refused: %s", name, refusal)
                 errors.append({"message": str(refusal), "path": [key]})
         return {"data": data, "errors": errors} if errors else {"data": data}
 

@@ -1,6 +1,8 @@
 """A running sweepserver asked over HTTP by a small client: hand-out, loss and return of points, permissions."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -352,7 +354,8 @@ def test_files_go_up_and_come_back_and_nothing_else_can_be_reached(direct, serve
     url = upload_address(direct, "files", "media/x.html")["data"]["createRunFiles"]["files"][0]["uploadUrl"]
     assert direct.request("PUT", url, b"<script>1</script>", {})[0] == 200  # the client sends no Authorization here
     assert direct.request("PUT", url[:-4] + "AAAA", b"x", {})[0] == 403
-    assert direct.request("PUT", url, b"x" * (2**20 + 1), {})[0] == 413
+    status, _, body = direct.request("PUT", url, b"x" * (2**20 + 1), {})
+    assert status == 413 and b"--max-upload-mb" in body
     status, headers, body = direct.request("GET", "/files/local/p/files/media/x.html")
     assert (status, body) == (200, b"<script>1</script>")
     assert headers["content-disposition"].startswith("attachment") and headers["content-security-policy"] == "sandbox"
@@ -451,6 +454,10 @@ def test_what_the_client_asks_of_a_server_before_it_goes_on(direct):
     )
     (edge,) = direct.ask(query)["project"]["run"]["files"]["edges"]
     assert edge["node"] == {"name": "sub/a.txt", "sizeBytes": 4}
+    query = query.replace('names: ["./sub/a.txt"]', "pattern: $like")
+    for like, count in (("sub/%", 1), ("%.t_t", 1), ("sub", 0), ("%", 1)):
+        answer = direct.ask(f"query Q($like: String) {query}", like=like)
+        assert len(answer["project"]["run"]["files"]["edges"]) == count, like
 
 
 def test_an_unknown_operation_is_an_error_with_status_200(direct):
@@ -496,9 +503,33 @@ def command(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
+def broken_folders(tmp_path):
+    """Flags that name a data folder in which something is not what the server put there, and words of its answer."""
+    for what, word in {
+        "bytes": "sweepserver.sqlite is damaged (file is not a database); move it away",
+        "sqlite": "sweepserver.sqlite cannot be used",
+        "key": "key is no file; move it away",
+        "key bytes": "key holds no key of 40 letters",
+        "blobs": "blobs is no folder; move it away",
+    }.items():
+        folder = tmp_path / what
+        folder.mkdir()
+        if what == "bytes":
+            (folder / "sweepserver.sqlite").write_bytes(b"\x01\x02\xff" * 4000)
+        elif what == "key bytes":
+            (folder / "key").write_bytes(b"\xff\xfe" * 40)
+            (folder / "key").chmod(0o600)
+        elif what == "blobs":
+            (folder / "blobs").write_text("")
+        else:
+            (folder / {"sqlite": "sweepserver.sqlite", "key": "key"}[what]).mkdir()
+        yield ("--port", "0", "--data-dir", str(folder)), word
+
+
 def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
     folder = Path(server_folder(server))
     (tmp_path / "file").write_text("")
+    (tmp_path / "server.json").write_text("[1]")
     port = server.url.rsplit(":", 1)[1]
     for flags, word in [
         (("--port", port, "--data-dir", str(tmp_path / "d")), "--port"),
@@ -512,10 +543,24 @@ def test_bad_input_gets_one_line_and_exit_code_2(server, tmp_path):
         (("--agent-timeout", "nan"), "--agent-timeout"),
         (("env", "--wait", "nan"), "--wait"),
         (("env", "--data-dir", str(tmp_path / "none")), "no server runs"),
+        (("link", "--data-dir", str(tmp_path)), "no server runs"),
+        (("--entity", "a/b", "--data-dir", str(tmp_path / "d")), "--entity 'a/b'"),
+        (("--entity", "", "--data-dir", str(tmp_path / "d")), "--entity ''"),
+        *broken_folders(tmp_path),
     ]:
         done = command(*flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("error: ") and word in done.stderr
+
+
+def test_a_server_that_does_not_answer_is_not_taken_for_none(tmp_path):
+    with sweepserver.start(tmp_path) as running:
+        os.kill(running.pid, signal.SIGSTOP)
+        try:
+            done = command("env", "--data-dir", str(tmp_path))
+        finally:
+            os.kill(running.pid, signal.SIGCONT)
+    assert done.returncode == 2 and f"kill {running.pid}" in done.stderr and "does not answer" in done.stderr
 
 
 def server_folder(server) -> str:

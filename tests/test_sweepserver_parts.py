@@ -221,7 +221,14 @@ def runs(tmp_path):
             state=state,
             sweep="s" if i else None,
             tags=json.dumps([f"t{i}"]),
-            config=json.dumps({"bits": {"value": i}, "opt": {"value": {"lr": i / 10}}}),
+            config=json.dumps(
+                {
+                    "bits": {"value": i},
+                    "opt": {"value": {"lr": i / 10}},
+                    "s": {"value": f"lr{i}_w{i + 2}a8_s{i}"},
+                    "a": {"value": {"value": "b"} if i == 2 else "c"},
+                }
+            ),
             summary=json.dumps(summary),
         )
     return runs
@@ -237,6 +244,10 @@ def runs(tmp_path):
     ({"name": {"$regex": "^R[01]", "$options": "i"}}, "01"), ({"name": {"$regex": "^R"}}, ""),
     ({"username": "local"}, "0123"), ({"user": {"$ne": "local"}}, ""), ({"entity": "e"}, "0123"),
     ({"created_at": {"$gt": "2020-01-01T00:00:00"}}, "0123"), ({"created_at": {"$gt": "2999-01-01"}}, ""),
+    ({"config.s": {"$regex": "^lr.*s0$"}}, "0"), ({"config.s": {"$regex": "w[24]a8"}}, "02"),
+    ({"config.s": {"$regex": "s1|lr0"}}, "01"), ({"config.s": {"$not": {"$regex": "(lr){1,2}0"}}}, "123"),
+    ({"$nor": [{"name": "r0"}, {"state": "failed"}]}, "13"), ({"name": {"$in": []}}, ""),
+    ({"config.opt.value.lr": 0.3}, "3"), ({"config.opt.value.lr": {"$lt": 0.2}}, "01"), ({"config.a.value": "b"}, "2"),
 ])  # fmt: skip
 def test_filters(runs, filters, want):
     assert "".join(run["name"][1] for run in runs.find(1, filters)) == want
@@ -245,11 +256,35 @@ def test_filters(runs, filters, want):
 @pytest.mark.parametrize("filters, word", [
     ({"config.bits": {"$mod": 2}}, "$mod"), ({"$where": "1"}, "$where"), ({"name": {"$options": "i"}}, "$options"),
     ({"name": {"$regex": "("}}, "$regex '('"), ({"name": {"$regex": "r", "$options": "q"}}, "$options 'q'"),
+    ({"name": {"$regex": 3}}, "$regex '3'"), ({"name": {"$regex": "(" * 5000}}, "$regex"),
+    ({"name": {"$in": "r1"}}, "$in of name takes a list"), ({"tags": {"$all": 3}}, "$all of tags takes a list"),
+    ({"$and": [3]}, "expected a mapping"), ("nonsense", "expected a mapping"),
+    ({"created_at": {"$gt": "yesterday"}}, "'yesterday' is no date"),
 ])  # fmt: skip
 def test_a_filter_that_is_not_known_is_refused(runs, filters, word):
     with pytest.raises(walker.Refused) as caught:
         runs.find(1, filters)
     assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pattern_that_takes_for_ever_is_refused_and_holds_up_no_other_thread(runs):
+    for i in range(4):
+        runs.store.update("run", i + 1, config=json.dumps({"s": {"value": "a" * 40 + "b"}}))
+    beats, over = [], threading.Event()
+
+    def beat():
+        while not over.wait(0.01):
+            beats.append(1)
+
+    other = threading.Thread(target=beat)
+    other.start()
+    try:
+        with pytest.raises(walker.Refused, match="takes too long"):
+            runs.find(1, {"config.s": {"$regex": "(a+)+$"}})
+    finally:
+        over.set()
+        other.join()
+    assert len(beats) > 20  # of about 100: `re` in this process would have let through none
 
 
 @pytest.mark.parametrize(
@@ -533,7 +568,11 @@ def test_the_number_of_a_deleted_run_is_not_given_out_again(runs):
 
 
 def status(served, method: str, path: str, body: bytes = b"", host: bytes = b"x") -> int:
-    """What the application answers, without a network."""
+    return answer(served, method, path, body, [(b"host", host)])[0]
+
+
+def answer(served, method: str, path: str, body: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, bytes]:
+    """Status and body of what the application answers, without a network."""
     scope = {
         "type": "http",
         "root_path": "",
@@ -541,7 +580,7 @@ def status(served, method: str, path: str, body: bytes = b"", host: bytes = b"x"
         "scheme": "http",
         "method": method,
         "path": path,
-        "headers": [(b"host", host)],
+        "headers": headers,
         "server": ("127.0.0.1", 1),
         "http_version": "1.1",
     }
@@ -554,7 +593,7 @@ def status(served, method: str, path: str, body: bytes = b"", host: bytes = b"x"
         answers.append(message)
 
     asyncio.run(served(scope, receive, send))
-    return answers[0]["status"]
+    return answers[0]["status"], answers[1]["body"]
 
 
 def test_the_guard_believes_no_host_header(tmp_path, monkeypatch):
@@ -613,6 +652,46 @@ def test_a_folder_of_an_older_server_is_renewed_with_what_it_holds(tmp_path):
     files.delete([row])
     files.record("run:1", "new", "blob", 1, "md5")
     assert files.get("run:1", "new")["id"] == 8
+
+
+@pytest.mark.parametrize("headers, said", [([(b"content-length", b"2000000")], "2000000 bytes"), ([], "content")])
+def test_a_file_over_the_limit_is_told_of_in_the_log_and_the_answer(tmp_path, caplog, headers, said):
+    served = app.build(app.Settings(tmp_path, "k" * 40, upload_limit=2**20))
+    server = served.state.server
+    key = server.runs.create(server.runs.project("local", "p", create=True)["id"], "r1", state="running")
+    for owner, shown in ((f"run:{key}", "run local/p/r1"), ("artifact:3", "artifact:3")):
+        caplog.clear()
+        address = "/" + server.files.sign("upload", owner=owner, name="media/x.bin")
+        code, body = answer(served, "PUT", address, b"x" * 2000000, headers)
+        assert code == 413 and "1 MB that --max-upload-mb allows" in json.loads(body)["error"]
+        (line,) = caplog.messages
+        assert all(word in line for word in ("media/x.bin", shown, said, "1 MB", "--max-upload-mb")), line
+
+
+def test_what_cannot_be_answered_is_one_line_in_the_log_and_an_alert_is_kept_there(tmp_path, caplog):
+    server = app.Server(app.Settings(tmp_path, "k" * 40))
+    loop = "fragment F on User { id ...F }"
+    for asked, word in [
+        ([], "no GraphQL request"),
+        ({"query": 3}, "no GraphQL request"),
+        ({"query": "{ viewer { id } }", "variables": [1]}, "no GraphQL request"),
+        ({"query": f"{{ viewer {{ ...F }} }} {loop}"}, "one of its fragments holds itself"),
+        ({"query": 'mutation { linkArtifact(input: {artifactID: "x"}) { versionIndex } }'}, "linked artifacts"),
+        ({"query": '{ users(query: "x") { edges { node { id } } } }'}, "users and teams"),
+        ({"query": "{ entity { integrations { edges { node { id } } } } }"}, "automations and integrations"),
+    ]:
+        caplog.clear()
+        _, text = server.graphql(json.dumps(asked).encode(), "http://x/")
+        (error,) = json.loads(text)["errors"]
+        (record,) = caplog.records
+        assert word in error["message"] and word in record.getMessage() and not record.exc_info, asked
+    caplog.clear()
+    alert = (
+        'mutation { notifyScriptableRunAlert(input: {entityName: "e", projectName: "p", runName: "r", '
+        'title: "low", text: "loss\\nis nan"}) { success } }'
+    )
+    assert "errors" not in server.graphql(json.dumps({"query": alert}).encode(), "http://x/")[1]
+    assert caplog.messages == ["alert of run e/p/r: low: loss is nan"]
 
 
 def test_a_database_without_room_leaves_no_bytes_and_no_5xx(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 
 import sweepserver
 import tracking
+from errors import UserError
 from tests.conftest import ROOT
 from tests.sweepserver_helpers import create_sweep, environment, python, wandb
 
@@ -199,6 +200,25 @@ def test_a_missing_key_is_one_line(outcomes):
     assert code == 2
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert "WANDB_API_KEY" in line and "started" not in text
+
+
+def test_advice_fits_the_error(outcomes, server):
+    root = outcomes[0]
+    program = (
+        "import os, tracking; from errors import run_main; "
+        "run_main(lambda: tracking.read_sweep(None, None, os.environ['SWEEP_ID'], 'size_by_layer', 'b'))"
+    )
+    for sweep, extra, wanted, unwanted in [
+        ("nonesuch", {}, "check WANDB_ENTITY, WANDB_PROJECT and SWEEP_ID", "WANDB_BASE_URL"),
+        ("a/b/c/d", {}, "check WANDB_ENTITY, WANDB_PROJECT and SWEEP_ID", "WANDB_BASE_URL"),
+        ("nonesuch", {"WANDB_API_KEY": "k" * 40}, "set WANDB_BASE_URL and WANDB_API_KEY", "SWEEP_ID"),
+    ]:
+        env = environment(server, root, PYTHONPATH=str(ROOT), WANDB_PROJECT="good", SWEEP_ID=sweep, **extra)
+        done = subprocess.run([sys.executable, "-c", program], cwd=root, env=env, capture_output=True, text=True)
+        line = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and wanted in line and unwanted not in line, done.stderr
+    with pytest.raises(UserError, match=r"^W&B: something else$"):
+        tracking.refuse(ValueError("something else"))
 
 
 def test_a_run_holds_row_table_artifact_and_labels(outcomes, server):
