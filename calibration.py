@@ -28,7 +28,7 @@ from quantization import (
     round_bias,
     weight_grid,
 )
-from reconstruction import Reconstruction, reconstruct, tune
+from reconstruction import Reconstruction, count_held_out, reconstruct, tune
 
 POSITIONS = 2**18  # output positions per layer used in the least squares; more take longer and change nothing
 # Shrunken weight ranges that coordinate descent tries besides the whole one, by bits.
@@ -154,10 +154,16 @@ def quantize_network(
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> QuantizedNetwork:
     """The quantized network; `images`: uint8 [N, 3, H, W], training images. `on_layer(name)` reports progress."""
+    if plan.rounding == "reconstruct" or plan.tune:
+        held_out = count_held_out(len(images), plan.reconstruction)
+        rounding_images = images[:-held_out] if len(images) > 1 else images
+        network, plan = prepared(network, rounding_images, plan)
+        if plan.rounding == "reconstruct":
+            start = quantize_network(network, rounding_images, replace(plan, rounding="cd", tune=False))
+            return reconstruct(network, start, images, plan.reconstruction, on_layer)
+        start = quantize_network(network, rounding_images, replace(plan, tune=False), on_layer)
+        return tune(network, start, images, plan.reconstruction)
     network, plan = prepared(network, images, plan)
-    if plan.rounding == "reconstruct":
-        start = quantize_network(network, images, replace(plan, rounding="cd", tune=False))
-        return reconstruct(network, start, images, plan.reconstruction, on_layer)
     grids = activation_grids(network, observe(network, images), plan) if plan.activation_bits else {}
     quantized = replace(
         float_network(network),
@@ -167,7 +173,7 @@ def quantize_network(
     if plan.weight_bits and (plan.rounding != "nearest" or plan.bias_correction):
         layers = round_layers(network, quantized, images, plan, on_layer)
         quantized = replace(quantized, layers=layers)
-    return tune(network, quantized, images, plan.reconstruction) if plan.tune else quantized
+    return quantized
 
 
 def prepared(network: Network, images: Tensor, plan: Plan) -> tuple[Network, Plan]:

@@ -133,11 +133,17 @@ class Stage:
 def whole_network(network: Network, start: QuantizedNetwork, images: Tensor, settings: Reconstruction) -> Stage:
     """The stage of all operations, from the images to the logits."""
     model = LearnedNetwork(network, start).requires_grad_(False)
-    held_out = max(1, round(len(images) * settings.held_out))
+    held_out = count_held_out(len(images), settings)
     first = network.normalization(images)
     logits = in_chunks(lambda x: run_ops(network, network.ops, x), first)
     steps = settings.network_iterations
     return Stage(model, network.ops, first, first, logits, divergence, held_out, steps, drop=0.0, with_codes=False)
+
+
+def count_held_out(images: int, settings: Reconstruction) -> int:
+    """How many images, the last ones, decide what is kept. They must not have rounded the start either: it fits the
+    images that it was rounded on so well, at 2 bits, that nothing learned would ever beat it there."""
+    return max(1, round(images * settings.held_out))
 
 
 def blocks(ops: Sequence[Op]) -> list[tuple[Op, ...]]:

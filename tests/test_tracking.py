@@ -314,7 +314,7 @@ COMPUTES = (
     "calibration",
     "allocation qat",
 )
-REPORTS = ("tracking results report", "sweepserver", "sweepresults", "test train sweep")
+REPORTS = ("tracking results report", "sweepserver", "sweepresults", "export test train sweep")
 
 
 def imported(path: Path) -> set[str]:
