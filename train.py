@@ -195,7 +195,8 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
             return finished(settings)
         if not saved:
             check_free(settings)
-        return train_epochs(start(settings, recipe, device, saved), saved is not None, on_epoch)
+        with locked(log_path(settings), wait=False, otherwise="give another --log-file"):
+            return train_epochs(start(settings, recipe, device, saved), saved is not None, on_epoch)
 
 
 def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> Checkpoint:
