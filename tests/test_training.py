@@ -162,7 +162,7 @@ def test_resume_says_what_does_not_fit(tmp_path, image_folder, monkeypatch, caps
     train.train(settings(image_folder, tmp_path, epochs=1, resume=True))
     assert "this run is finished" in capsys.readouterr().out
     assert (tmp_path / "net.safetensors").read_bytes() == saved
-    with pytest.raises(UserError, match="--epochs 1, not 2; give the same settings"):
+    with pytest.raises(UserError, match="--epochs 1, not 2; give the same settings, delete .*resume to start anew"):
         train.train(settings(image_folder, tmp_path, epochs=2, resume=True))
 
     with pytest.raises(UserError, match="net.safetensors already exists; give another --save-path"):
