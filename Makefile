@@ -1,4 +1,4 @@
-# make demo    train a small model on an embedded data set, measure a grid of bit widths, write results.csv and two plots
+# make demo    train a small model on an embedded data set, measure a grid of bit widths, write results.csv and two plots into runs/demo
 # make sweep   the same grid as a sweep with the real W&B client on the embedded server (AGENTS=2 DATA=… CHECKPOINT=…)
 # make test    the test suite
 # make lint    ruff: rules and format
@@ -24,7 +24,8 @@ runs/demo/mnv2_digits.safetensors: .venv/.installed
 
 demo: runs/demo/mnv2_digits.safetensors
 	$(BIN)/python test.py --checkpoint runs/demo/mnv2_digits.safetensors --data-dir runs/demo/data --again \
-	  --weight-bits 8,6,4,2 --act-bits 8,6,4,2 --calib-batches 2 --output results.csv --plot parallel_coordinates.png
+	  --weight-bits 8,6,4,2 --act-bits 8,6,4,2 --calib-batches 2 --output runs/demo/results.csv \
+	  --plot runs/demo/parallel_coordinates.png
 
 sweep: .venv/.installed $(filter runs/demo/%,$(CHECKPOINT))
 	$(BIN)/python sweep.py --agents $(AGENTS) --data-dir $(DATA) --checkpoint $(CHECKPOINT)
@@ -36,4 +37,4 @@ lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf runs results.csv parallel_coordinates.png parallel_coordinates.html
+	rm -rf runs

@@ -12,12 +12,13 @@ import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # other MALLOC_ variables ask for other things
 LARGE = 2**30
 
 
 def keep_freed_memory() -> bool:
     """Asks glibc not to give memory back before the process ends; False where there is no glibc or it declines."""
-    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in VARIABLES):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -32,15 +32,30 @@ def read(path: Path) -> tuple[dict[str, int], dict[str, int]]:
     import yaml
 
     try:
-        document = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text()
+        document, twice = yaml.safe_load(text), repeated(yaml.compose(text, yaml.SafeLoader))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--bits-file {path} cannot be read ({error}); make one with --target-size-mb") from None
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of a date that is none, of [[[[...
         raise UserError(f"--bits-file {path} is not YAML ({error}); expected layers: and values:") from None
+    if twice:
+        raise UserError(f"--bits-file {path} has {twice} twice; remove one of them")
     if not isinstance(document, dict) or set(document) - set(PARTS) or not any(document.values()):
         raise UserError(f"--bits-file {path}: expected the parts layers: and values:, one or both")
     layers, values = (checked_bits(path, part, document.get(part) or {}) for part in PARTS)
     return layers, values
+
+
+def repeated(document: Any) -> str | None:
+    """The first name that the YAML node of a bits file, or one of its parts, has twice: yaml.safe_load would silently
+    take the last."""
+    parts = [value for _, value in document.value] if getattr(document, "id", None) == "mapping" else []
+    for mapping in (document, *parts):
+        if getattr(mapping, "id", None) == "mapping":
+            names = [name.value for name, _ in mapping.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                return str(twice[0])
+    return None
 
 
 def checked_bits(path: Path, part: str, bits: Any) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """FP32 checkpoints: weights with everything needed to use them, loaded without unpickling code.
 
 A checkpoint is a `.safetensors` file (header: one JSON document) or, under any other name, a `torch.save` file of plain
-tensors and JSON text, read with `weights_only=True`. Both hold the architecture, the data set and its class names, the
-normalisation and the metrics of the run. Writes are atomic.
+tensors and JSON text, read with `weights_only=True`; reading goes by the content, not the name. Both hold the
+architecture, the data set and its class names, the normalisation and the metrics of the run. Writes are atomic.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from models.mobilenetv2_cifar import replace_classifier
 from vision import import_torchvision
 
 FORMAT = "mobilenetv2-cifar-checkpoint"
+TORCH = (b"PK", b"\x80")  # how torch.save's files begin: a zip archive, or, in old ones, a pickle
 PACKED = b'{"__metadata__":{"packed":'  # how the header of a packed file (compression.py) begins
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "mnv2_cifar10_fp32.safetensors"
 
@@ -68,27 +69,34 @@ def write_torch(path: Path, content: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_tensors(path: Path, advice: str = "give one that train.py wrote") -> tuple[dict[str, Tensor], str | None]:
-    """(tensors, header or None) of a weight file in either format; UserError with `advice` where it is no such file."""
+def read_tensors(
+    path: Path, advice: str = "give a checkpoint that train.py wrote"
+) -> tuple[dict[str, Tensor], str | None]:
+    """(tensors, header or None) of a weight file in either format, whatever its name; UserError with `advice` where it
+    is no such file."""
     path = Path(path)
     if wrong := obstacle(path):
         raise UserError(f"{path} {wrong}; {advice}")
     with open(path, "rb") as file:
-        if file.read(8 + len(PACKED))[8:] == PACKED:
+        begin = file.read(8 + len(PACKED))
+        if begin[8:] == PACKED:
             raise UserError(f"{path} is a packed file; evaluate it with test.py --packed")
     try:
-        if path.suffix == ".safetensors":
+        if begin[8:9] == b"{":  # the header of a safetensors file, behind its length
             from safetensors import safe_open
 
             with safe_open(path, "pt") as file:
                 state, header = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
                 header = header.get("checkpoint")
-        else:
+        elif begin.startswith(TORCH):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns about foreign files; the error below is enough
-                content = dict(torch.load(path, map_location="cpu", weights_only=True))
+                with open(path, "rb") as file:  # given the name, torch goes by its suffix
+                    content = dict(torch.load(file, map_location="cpu", weights_only=True))
             ours = content.keys() == {"checkpoint", "state"}
             state, header = (dict(content["state"]), content["checkpoint"]) if ours else (content, None)
+        else:
+            raise ValueError("it is neither a safetensors file nor one of torch.save")
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise ValueError("it contains something other than tensors")
         return state, header
@@ -158,9 +166,14 @@ def load_state(model: MobileNetV2, state: dict[str, Tensor], path: Path | str) -
     model.load_state_dict(state)
 
 
-def check_state(model: MobileNetV2, state: dict[str, Tensor], path: Path | str) -> None:
-    """Raises UserError naming the first missing, unexpected or misshapen tensor if `state` does not fit `model`
-    exactly."""
+def check_state(
+    model: MobileNetV2,
+    state: dict[str, Tensor],
+    path: Path | str,
+    advice: str = "it is damaged, give another --checkpoint",
+) -> None:
+    """Raises UserError naming the first missing, unexpected or misshapen tensor, and `advice`, if `state` does not fit
+    `model` exactly."""
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not a tensor of this network" for name in state if name not in expected]
@@ -174,7 +187,7 @@ def check_state(model: MobileNetV2, state: dict[str, Tensor], path: Path | str) 
         shape = model.architecture
         raise UserError(
             f"{path} does not fit a network of width {shape.width_mult} with {shape.num_classes} classes: "
-            f"{problems[0]}{more}"
+            f"{problems[0]}{more}; {advice}"
         )
 
 
@@ -198,12 +211,13 @@ def pretrained_state(model: MobileNetV2) -> dict[str, Tensor]:
                 prefix = path.stem.rpartition("-")[2]  # of the SHA-256
                 torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=prefix, progress=False)
         except Exception as error:  # URLError, HTTPError, OSError, RuntimeError for a wrong hash
-            reason = getattr(error, "reason", None) or error
+            cause = getattr(error, "reason", None) or error
             raise UserError(
-                f"--pretrained cannot download ImageNet weights ({reason}); put {weights.url} at {path}"
+                f"--pretrained cannot download ImageNet weights ({reason(cause)}); put {weights.url} at {path}"
             ) from None
-    state = replace_classifier(read_tensors(path, f"delete it, or put {weights.url} there")[0], model)
-    check_state(model, state, path)
+    advice = f"delete it, or put {weights.url} there"
+    state = replace_classifier(read_tensors(path, advice)[0], model)
+    check_state(model, state, path, advice)
     return state
 
 

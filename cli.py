@@ -56,6 +56,8 @@ def convert(text: Any, kind: type) -> Any:
         return names[str(text).lower()]
     if isinstance(text, bool) or not isinstance(text, str | int | float | Path):
         raise ValueError
+    if kind is Path and not str(text):  # Path("") would be the current folder
+        raise ValueError
     if kind is int and isinstance(text, float) and not text.is_integer():
         raise ValueError
     value = kind(text)
@@ -136,6 +138,7 @@ def parse(kind: type[Settings], description: str, argv: Sequence[str]) -> Settin
         names = [flag(field.name), *(flag(alias) for alias in meta["aliases"])]
         value_type, many = element_type(field.type)
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "yes" if default is True else default
         shown = "" if field.default in (None, (), False, "") else f" (default: {default})"
         common = dict(dest=field.name, default=None, help=(meta["help"] + shown).replace("%", "%%"))
         if value_type is bool:

@@ -183,9 +183,12 @@ def read_cifar(name: str, root: Path) -> Dataset:
         if new:  # torchvision made it; a mistyped name leaves no folder
             with contextlib.suppress(OSError):
                 root.rmdir()
+        archive, why = root / kind.filename, f"{type(error).__name__}: {reason(error)}"
+        if archive.is_file() and not datasets.utils.check_integrity(str(archive), kind.tgz_md5):
+            why = f"{archive} has a wrong MD5: it is damaged or incomplete; {why}"
         own = f"; your own images would go in {root / 'train'}, which does not exist, and {root / 'test'}"
         raise UserError(
-            f"cannot get {name} ({type(error).__name__}: {reason(error)}); put the whole {kind.filename} (MD5 "
+            f"cannot get {name} ({why}); put the whole {kind.filename} (MD5 "
             f"{kind.tgz_md5}) into {root} or give another --data-dir, or try --dataset digits, which needs no "
             f"download{own if default_name(root) == name else ''}"
         ) from None
@@ -226,7 +229,8 @@ READERS: dict[str, Callable[[Path], Dataset]] = {
 
 
 def source_fingerprint(name: str, root: Path) -> str:
-    """A hash of the names, sizes and times of the source's files; empty where there is no source beside the cache."""
+    """A hash of the names, sizes and times of the source's files, and of the names of empty class folders; empty where
+    there is no source beside the cache."""
     parts = {"folder": ("train", "test"), "cifar10": ("cifar-10-batches-py",), "cifar100": ("cifar-100-python",)}
     digest = hashlib.sha256()
     found = False
@@ -238,11 +242,14 @@ def source_fingerprint(name: str, root: Path) -> str:
             if not folder.is_dir():
                 continue
             with os.scandir(folder) as entries:
-                for entry in sorted(entries, key=lambda e: e.name):
-                    stat = entry.stat(follow_symlinks=entry.is_file())  # a broken link has only a stat of its own
-                    line = f"{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n"
-                    digest.update(os.fsencode(line))  # file names need not be valid UTF-8
-                    found = True
+                files = sorted(entries, key=lambda e: e.name)
+            for entry in files:
+                stat = entry.stat(follow_symlinks=entry.is_file())  # a broken link has only a stat of its own
+                line = f"{folder.name}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n"
+                digest.update(os.fsencode(line))  # file names need not be valid UTF-8
+                found = True
+            if name == "folder" and not files:
+                digest.update(os.fsencode(f"{folder.name}/\n"))
     return digest.hexdigest() if found else ""
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -31,27 +32,49 @@ def optional_import(package: str, what: str) -> ModuleType:
         raise UserError(f"{what} needs the package {package} ({reason(error)}): pip install {package}") from None
 
 
+def open_streams() -> None:
+    """Opens the null device in place of a closed stdin, stdout or stderr (`2>&-`), which is None in Python. Otherwise
+    libraries fail, and the next file opened would take the descriptor that C code prints its errors to."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
+def tell(line: str) -> None:
+    """Prints a line on stderr; where that fails (a full disk), the exit code alone must tell."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Sends what a stream could not write nowhere: Python would try again at exit and change the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command line's `main` and exits: 0, its own code, 2 with one line for a `UserError` or a file that fails,
     130 for Ctrl-C, 141 silently if the reader of stdout has gone."""
+    open_streams()
     if callable(signal.getsignal(signal.SIGINT)):  # unless our parent process set it to ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)  # until here startup.py's
     try:
         code = main()
         print(end="", flush=True)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"error: {' '.join(str(error).split())}")
         code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         code = 130
     except BrokenPipeError:
         code = 141
     except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or reason(error)}", file=sys.stderr)
+        tell(f"error: {error.filename or 'input or output'}: {error.strerror or reason(error)}")
         code = 2
     try:
         print(end="", flush=True)
-    except OSError:  # discard the rest: Python would try to flush again at exit and print a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        discard(sys.stdout)
     sys.exit(code or 0)

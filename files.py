@@ -88,9 +88,9 @@ def obstacle(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Holds a lock file beside `path`. wait: until another program lets go of it; else UserError where one holds it.
-    The operating system releases it when the process ends, however it ends."""
+def locked(path: Path, wait: bool, otherwise: str = "choose another place") -> Iterator[None]:
+    """Holds a lock file beside `path`. wait: until another program lets go of it; else UserError where one holds it,
+    with `otherwise` as advice. The operating system releases it when the process ends, however it ends."""
     try:
         end = link_end(path)
         end.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"another program is writing {path}; wait for it, or choose another place") from None
+            raise UserError(f"another program is writing {path}; wait for it, or {otherwise}") from None
         except OSError:  # a file system without locks
             pass
         yield

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import UserError
+from errors import UserError, reason
 from files import write_bytes
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def read_results(path: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; test.py writes it, see --output") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a table that test.py wrote ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path} is not a table that test.py wrote ({reason(error)})") from None
 
 
 def configuration(weight_bits: float, activation_bits: float) -> str:

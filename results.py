@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, reason
 from files import locked, write_bytes
 
 COLUMNS = (
@@ -56,22 +56,32 @@ KEY = (
 )
 
 
-def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
-    """The rows of a results file (or of another table, of those `columns`) as text; none where there is no file yet.
-    What an older results file lacks is empty. UserError for a file of other columns, which is left alone."""
-    try:
-        text = Path(path).read_text(errors="surrogateescape")  # names of files may hold any bytes
+def read(path: Path, columns: Sequence[str] = COLUMNS, flag: str = "--output") -> list[dict[str, str]]:
+    """The rows of a results file (or of another table, of those `columns`) as text; none where the file is empty or
+    does not exist yet. What an older results file lacks is empty. UserError, which names `flag`, for a file of other
+    columns, which is left alone."""
+    try:  # names of files may hold any bytes; a spreadsheet may have put a byte order mark at the beginning
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"--output {path} cannot be read ({error}); give another file") from None
-    reader = csv.DictReader(io.StringIO(text))
-    reader.fieldnames = [OLDER_NAMES.get(name, name) for name in reader.fieldnames or ()]
+        raise UserError(f"{flag} {path} cannot be read ({error.strerror}); give another file") from None
+    if not text.strip():
+        return []
+    try:
+        reader = csv.DictReader(io.StringIO(text))
+        reader.fieldnames = [OLDER_NAMES.get(name, name) for name in reader.fieldnames or ()]
+        rows = [dict.fromkeys(columns, "") | row for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{flag} {path} is not a table ({reason(error)}); give another file") from None
     if tuple(reader.fieldnames) not in (tuple(columns), *([OLDER] if columns == COLUMNS else [])):
-        raise UserError(f"--output {path} has other columns than this program's results; give another file")
-    rows = [dict.fromkeys(columns, "") | row for row in reader]
+        if len(reader.fieldnames) == 1 and ";" in reader.fieldnames[0]:
+            raise UserError(
+                f"{flag} {path} has semicolons between its cells; save it with commas, or give another file"
+            )
+        raise UserError(f"{flag} {path} has other columns than this program's results; give another file")
     if any(None in row or None in row.values() for row in rows):  # one has more or fewer cells than the header
-        raise UserError(f"--output {path} has a row that does not match its header; fix it, or give another file")
+        raise UserError(f"{flag} {path} has a row that does not match its header; fix it, or give another file")
     return rows
 
 
@@ -97,7 +107,7 @@ def renamed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text(value: Any) -> str:
-    """A cell: numbers with six significant digits at least, None empty."""
+    """A cell: floats with at most six significant digits, None empty."""
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

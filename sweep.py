@@ -28,7 +28,7 @@ import sweepresults
 import sweepserver
 import tracking
 from cli import option, parse
-from errors import UserError, run_main
+from errors import UserError, reason, run_main
 from files import write_bytes
 
 ROOT = Path(__file__).resolve().parent
@@ -93,7 +93,7 @@ def configured(config: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
         fixed = {name: {"value": tracking.simple(value)} for name, value in parameters.items() if value is not None}
         return {**sweep, "parameters": {**sweep["parameters"], **fixed}}
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:  # ValueError: a file that is no text
-        raise UserError(f"--config {config} is not a sweep ({str(error).splitlines()[0]}); see sweeps/") from None
+        raise UserError(f"--config {config} is not a sweep ({reason(error)}); see sweeps/") from None
 
 
 def shared_parameters(settings: Settings) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from sweepserver.search import BadSweep, grid_axes
 if TYPE_CHECKING:
     import pandas as pd
 
+KEPT = {"path", "name", "state", "url", "config", "runs", "tables"}  # what `tracking.read_sweep` returns
+
 
 @dataclass(frozen=True)
 class SweepResults:
@@ -98,12 +100,14 @@ def complete(read: Mapping[str, Any]) -> bool:
 
 def read_cache(folder: Path, entity: str | None, project: str | None, sweep: str) -> dict[str, Any] | None:
     """What `fetch_sweep` kept of `sweep` (its id, in any project where none is given); None where there is nothing that
-    can be read."""
+    can be read. UserError for JSON that `fetch_sweep` did not write, which it would write over."""
     for path in sorted(Path(folder).glob(f"sweep-*-{sweep}.json")):
         try:
             kept = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
+        if not isinstance(kept, dict) or not kept.keys() >= KEPT or str(kept["path"]).count("/") != 2:
+            raise UserError(f"{path} is not a sweep as it is kept here; move it away, or name another folder")
         asked = zip((entity, project, sweep), kept["path"].split("/"), strict=True)
         if all(name in (None, known) for name, known in asked):
             return kept

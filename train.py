@@ -139,7 +139,8 @@ class Settings:
     log_artifact: bool = option(False, "upload the best checkpoint as an artifact", group="W&B")
 
 
-# Settings that may differ between the parts of a resumed run: they do not decide its result.
+# Settings that may differ between the parts of a resumed run. Two of them, max_minutes and eval_every, affect how the
+# rest of it goes; the others do not decide its result.
 FREE = {"data_dir", "eval_every", "max_minutes", "device", "compile", "save_path", "log_file", "resume"}
 FREE |= {"log_wandb", "log_artifact"}
 
@@ -195,7 +196,8 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
             return finished(settings)
         if not saved:
             check_free(settings)
-        return train_epochs(start(settings, recipe, device, saved), saved is not None, on_epoch)
+        with locked(log_path(settings), wait=False, otherwise="give another --log-file"):
+            return train_epochs(start(settings, recipe, device, saved), saved is not None, on_epoch)
 
 
 def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> Checkpoint:
@@ -583,7 +585,7 @@ def saved_state(settings: Settings) -> dict[str, Any] | None:
         if name not in FREE and theirs[name] != mine:
             raise UserError(
                 f"--resume: the run of {path} has {flag(name)} {theirs[name]}, not {mine}; "
-                "give the same settings, or start anew without --resume"
+                f"give the same settings, delete {path} to start anew, or give another --save-path"
             )
     return saved
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from errors import UserError
+from errors import UserError, reason
 from evaluation import Score
 from files import write_bytes
 
@@ -34,28 +34,32 @@ class Epoch:
 
 @contextlib.contextmanager
 def open_log(path: Path, command: str, after: int | None) -> Iterator[TextIO]:
-    """The log, opened for appending. after: None starts a new section; for a run resumed after epoch `after`, its
-    section is truncated there (a process killed between logging an epoch and saving its state repeats that epoch). If
-    another run's section follows, the new lines go into a section of their own with the same title.
+    """The log, opened for appending; the caller holds its lock. after: None starts a new section; a run resumed after
+    epoch `after` goes on in its own, without the line of the epoch that it repeats (the process was killed between
+    logging it and saving its state). If another run's section follows, the new lines go into a section of their own
+    with the same title. UserError where the file cannot be used.
     """
     title = f"# {command}"
     try:
         old = path.read_text() if path.exists() else ""
-        lines, goes_on = old.splitlines(), False
+        lines, goes_on = old.removesuffix("\n").split("\n"), False
         if after is not None and title in lines:
             start = len(lines) - lines[::-1].index(title)
             end = next((i for i in range(start, len(lines)) if lines[i].startswith("# ")), len(lines))
-            goes_on = end == len(lines)
-            kept = lines[:start] + [line for line in lines[start:end] if not is_after(line, after)] + lines[end:]
-            if kept != lines:  # otherwise the file stays: another run may be writing to it
-                old = "\n".join(kept) + "\n"
+            repeated = [i for i in range(start, end) if is_after(lines[i], after)]
+            if len(repeated) <= 1:  # more are another run's, of the same command in another folder: they stay
+                goes_on = end == len(lines)
+            if len(repeated) == 1:
+                del lines[repeated[0]]
+                old = "\n".join(lines) + "\n"
                 write_bytes(path, old.encode())
         file = open(path, "a")
+        file.write("\n" * bool(old and not old.endswith("\n")))
         if not goes_on:
-            file.write("\n" * bool(old and not old.endswith("\n")) + f"{title}\n{COLUMNS}\n")
-            file.flush()
+            file.write(f"{title}\n{COLUMNS}\n")
+        file.flush()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot use the log {path} ({error}); choose another --log-file") from None
+        raise UserError(f"cannot use the log {path} ({reason(error)}); choose another --log-file") from None
     try:
         yield file
     finally:

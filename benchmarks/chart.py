@@ -78,7 +78,8 @@ def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     frame = tables.read_one_checkpoint(settings.results)
     subject = {name: frame[name].iloc[0] for name in ("checkpoint_hash", "dataset_crc32")}
-    rows = [row for row in results.read(settings.peers, peers.COLUMNS) if results.same(row, subject, list(subject))]
+    measured = results.read(settings.peers, peers.COLUMNS, "--peers")
+    rows = [row for row in measured if results.same(row, subject, list(subject))]
     draw([{**ours(frame, bits), **others(rows, bits)} for bits in PANELS], frame[FP32_ACCURACY].iloc[0], settings)
     report.parallel_coordinates_png(frame, settings.runs)
     print(f"wrote {settings.figure} and {settings.runs}")

@@ -3,16 +3,19 @@
 A change is a flag of train.py without its dashes, or several with a plus between ("lr 0.2", "cutout 8 + dropout 0.1");
 `default` changes nothing. Flags after `--` are passed to train.py in all runs. Every run is evaluated only at its end,
 so that none benefits from choosing an epoch; changes are compared on validation images, and test images only report. A
-row is saved as soon as its run ends, an interrupted run is resumed, and rows that exist are not trained again.
+row is saved as soon as its run ends, an interrupted run is resumed, and rows that exist are not trained again: those of
+the same flags, change, seed and validation images.
 
 python benchmarks/recipe.py --seeds 0,1,2 -- --data-dir D --device cuda --compile        300 epochs each: on a GPU
 python benchmarks/recipe.py --changes default,"lr 0.2" -- --data-dir D --width-mult 0.35 --epochs 10 --bf16     a CPU
 """
 
 import dataclasses
+import functools
 import shlex
 import statistics
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tables import spread
 
+import checkpoint as checkpoints
+import data
 import results
 import train
 from allocator import keep_freed_memory
@@ -30,6 +35,7 @@ from errors import UserError, run_main
 from evaluation import choose_device, device_name
 from files import check_writable, write_between
 from interrupts import Interrupted
+from subject import split_as_trained
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = "default"
@@ -37,8 +43,8 @@ CHANGES = (
     *(DEFAULT, "lr 0.05", "lr 0.2", "batch-size 64", "warmup-epochs 0", "scheduler constant", "weight-decay 0.0001"),
     *("label-smoothing 0", "no-flip", "pad 0", "cutout 8", "dropout 0.2", "ema-decay 0.999"),
 )
-KEY = ("flags", "change", "seed")
-COLUMNS = (*KEY, "val_acc", "test_acc", "minutes", "device", "val_crc32")
+KEY = ("flags", "change", "seed", "val_crc32")
+COLUMNS = ("flags", "change", "seed", "val_acc", "test_acc", "minutes", "device", "val_crc32")
 BEGIN, END = "<!-- recipe: written by benchmarks/recipe.py -->", "<!-- end of recipe -->"
 
 
@@ -64,14 +70,16 @@ def main() -> int:
     rows = results.read(settings.output, COLUMNS)
     try:
         for change, seed, run in runs:
-            point = {"flags": flags, "change": change, "seed": seed}
+            point = {"flags": flags, "change": change, "seed": seed, "val_crc32": val_digest(run)}
             if not results.has(rows, point, KEY):
                 print(f"{change}, seed {seed}: {train.command(run)}", flush=True)
                 rows = results.append(settings.output, point | measured(run), COLUMNS)
     except Interrupted as stop:
         print("interrupted; the same command goes on")
         return 128 + stop.number
-    content = page([row for row in rows if row["flags"] == flags])
+    rows = [row for row in rows if row["flags"] == flags]
+    runs = [run_settings(settings, common, row["change"], int(row["seed"])) for row in rows]
+    content = page([row for row, run in zip(rows, runs, strict=True) if row["val_crc32"] == val_digest(run)])
     write_between(settings.page, BEGIN, END, content)
     print(content)
     return 0
@@ -94,25 +102,45 @@ def run_settings(settings: Settings, common: Sequence[str], change: str, seed: i
     extra = [word for part in parts for word in f"--{part.strip()}".split()]
     try:
         run = parse(train.Settings, "", [*common, *extra])
+        flags = shown_flags(parse(train.Settings, "", common))
     except UserError as error:
         raise UserError(f"--changes {change!r} or what follows --: {error}") from None
     if not run.val_size:
         raise UserError("--val-size 0 leaves no images to tell the changes apart with; leave it out")
-    name = settings.runs / f"{change.replace(' ', '_')}_seed{seed}.safetensors"
+    digest = f"{zlib.crc32(flags.encode()):08x}"  # a table of other flags has files of its own
+    name = settings.runs / f"{change.replace(' ', '_')}_seed{seed}_{digest}.safetensors"
     files = dict(save_path=name, log_file=name.with_suffix(".log"), resume=True)
     return dataclasses.replace(run, seed=seed, eval_every=run.epochs, **files)
 
 
 def shown_flags(common: train.Settings) -> str:
     """The flags of all runs that decide their results, as text: by it a row is found again."""
-    defaults = {name: getattr(train.Settings(), name) for name in (*train.FREE, "seed")}
+    defaults = {name: getattr(train.Settings(), name) for name in (*train.FREE - {"max_minutes"}, "seed")}
     return shlex.join(to_argv(dataclasses.replace(common, **defaults)))
 
 
+def val_digest(run: train.Settings) -> str:
+    """CRC-32 of the run's validation images, as its checkpoint will name it: it tells data sets and splits apart."""
+    names = ("dataset", "data_dir", "val_size", "seed", "checkpoint", "qat")
+    return digest_of(train.Settings(**{name: getattr(run, name) for name in names}))
+
+
+@functools.cache
+def digest_of(run: train.Settings) -> str:
+    dataset = data.load(run.dataset or data.default_name(run.data_dir), run.data_dir)
+    first = checkpoints.load(run.checkpoint) if run.checkpoint else None
+    fine_tuned = run.qat and first is not None
+    val = split_as_trained(first, dataset.train)[1] if fine_tuned else train.split(run, dataset, first)[1]
+    return data.split_checksum(val)
+
+
 def measured(run: train.Settings) -> dict[str, object]:
-    """Trains, or goes on with, one run: the cells of its row."""
+    """Trains, or goes on with, one run: the cells of its row. UserError where the run that is there, finished, is of
+    other images."""
     torch._dynamo.reset()  # compiled code of the run before, which counts against torch's limit
     metrics = train.train(run).metrics
+    if metrics["val_crc32"] != val_digest(run):
+        raise UserError(f"{run.save_path} was trained on other images; give another --runs, or delete it and its state")
     shown = {name: metrics[name] for name in ("val_acc", "test_acc", "minutes", "val_crc32")}
     return shown | {"device": device_name(choose_device(run.device))}
 

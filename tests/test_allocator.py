@@ -36,4 +36,5 @@ def test_a_second_block_takes_no_page_faults():
         return int(run.stdout) if run.returncode == 0 else -1
 
     assert faults("keep") < 0.2 * faults("plain")
+    assert faults("keep", MALLOC_ARENA_MAX="2") < 0.2 * faults("plain")
     assert faults("keep", MALLOC_TRIM_THRESHOLD_="131072") == -1  # what the user has set stands

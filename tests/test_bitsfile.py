@@ -35,6 +35,8 @@ def test_a_bits_file_comes_back(network, tmp_path):
         ("", "layers:"),
         ("- 1", "layers:"),
         ("layer: {pool: 2}", "layers:"),
+        ("layers: {pool: 4}\nlayers: {pool: 2}", "has layers twice; remove one"),
+        ("layers:\n  features.0.0: 4\n  'features.0.0': 2", "has features.0.0 twice; remove one"),
         ("layers: [4]", "name: bits"),
         ("layers: {features.99: 4}", "features.99"),
         ("layers: {pool: 4}", "pool"),

@@ -69,6 +69,13 @@ class Evil:
         return os.mkdir, ("unpickled",)
 
 
+@pytest.mark.parametrize("name, other", [("a.safetensors", "b.pth"), ("a.pth", "b.safetensors")])
+def test_a_checkpoint_with_the_other_suffix_is_read(tmp_path, small, name, other):
+    checkpoints.save(small, tmp_path / name)
+    (tmp_path / name).rename(tmp_path / other)
+    assert checkpoints.load(tmp_path / other).classes == small.classes
+
+
 def test_nothing_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state": Evil()}, "evil.pth")
@@ -88,7 +95,7 @@ def replaced(state: dict, name: str, tensor: torch.Tensor | None) -> dict:
 @pytest.mark.parametrize(
     "name, tensor, message",
     [
-        ("classifier.1.bias", None, "width 0.1 with 3 classes: classifier.1.bias is missing$"),
+        ("classifier.1.bias", None, "width 0.1 with 3 classes: classifier.1.bias is missing; it is damaged, give"),
         ("extra", torch.zeros(2), "extra is not a tensor of this network"),
         ("classifier.1.bias", torch.zeros(10), r"classifier.1.bias is float32 \[10\], expected float32 \[3\]"),
         ("classifier.1.bias", torch.zeros(3).half(), r"classifier.1.bias is float16 \[3\], expected float32 \[3\]"),
@@ -156,8 +163,10 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, small, monkeypatch
         save_packed(network, tmp_path / name, {})
     os.mkfifo("pipe")
     torch.save(torch.nn.Linear(1, 1), "module.pth")
+    (tmp_path / "text.pth").write_text("hello")
     for name, says in (
-        ("", r"\. is a folder"),
+        ("", r"\. is a folder; give a checkpoint that train.py wrote"),
+        ("text.pth", "it is neither a safetensors file nor one of torch.save"),
         ("pipe", "is a device or a pipe"),
         ("x" * 300, "cannot be read .File name too long"),
         ("packed.pth", "is a packed file; evaluate it with test.py --packed"),
@@ -182,7 +191,7 @@ def test_other_files_are_refused(tmp_path, small, suffix):
             checkpoints.load(path)
     path.write_bytes(whole)
     torch.save(small.state, tmp_path / "bare.pth")
-    with pytest.raises(UserError, match="is not a checkpoint of this project .weights alone.*only .*train.py wrote"):
+    with pytest.raises(UserError, match="is not a checkpoint of this project .bare weights.*only .*train.py wrote"):
         checkpoints.load(tmp_path / "bare.pth")
 
 
@@ -237,7 +246,7 @@ def test_a_damaged_pretrained_file_is_named(imagenet_path):
     with pytest.raises(UserError, match=f"{imagenet_path} is not a checkpoint.*delete it"):
         checkpoints.pretrained_state(MobileNetV2(Architecture(10)))
     torch.save({"features.0.0.weight": torch.zeros(1)}, imagenet_path)
-    with pytest.raises(UserError, match="does not fit a network of width 1.0 with 10 classes: .* is missing"):
+    with pytest.raises(UserError, match="does not fit a network of width 1.0 with 10 .* is missing .*; delete it, or"):
         checkpoints.pretrained_state(MobileNetV2(Architecture(10)))
 
 

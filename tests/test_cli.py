@@ -57,10 +57,11 @@ def test_flags(line, field, value):
         ("--batch-size -3", "--batch-size is '-3'"),
         ("--weight-decay nan", "--weight-decay is 'nan'; expected a number, at least 0, at most 1"),
         ("--weight-decay 2", "--weight-decay is '2'"),
-        ("--weight-bits 8,3", "--weight-bits is '8,3'; expected a comma list, each one of 2, 4, 8"),
+        ("--weight-bits 8,3", "--weight-bits is '8,3'; expected a comma-separated list, each one of 2, 4, 8"),
         ("--weight-bits ,", "--weight-bits is ','"),
         ("--kind c", "--kind is 'c'; expected one of a, b"),
         ("--flip=maybe", "--flip is 'maybe'; expected true or false"),
+        ("--data-dir=", "--data-dir is ''; expected a path"),
         ("--batch 4", "unrecognized arguments: --batch 4"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--batch-size", "expected one argument"),
@@ -92,6 +93,7 @@ def test_help_shows_groups_defaults_and_percent_signs(capsys):
         parse(Settings, "What it does.", ["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
+    assert "(default: yes)" in text
     for part in ("What it does.", "bits:", "--weight-quant-bits", "5 % of it (default: 0.5)", "--no-flip"):
         assert part in text
     assert text.count("options:") == 1

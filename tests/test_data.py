@@ -102,7 +102,9 @@ def test_a_half_downloaded_archive_without_network_is_one_line(tmp_path, cifar_a
     cifar_archive("cifar10", tmp_path)
     archive = tmp_path / "cifar-10-python.tar.gz"
     archive.write_bytes(archive.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"cannot get cifar10 .*put the whole cifar-10-python.tar.gz \(MD5"):
+    with pytest.raises(
+        UserError, match=r"cannot get cifar10 .*gz has a wrong MD5: .*put the whole cifar-10-python.tar.gz \(MD5"
+    ):
         data.load("cifar10", tmp_path)
 
 
@@ -270,6 +272,10 @@ def test_the_cache_is_rebuilt_when_its_source_changes(tmp_path):
     assert cache.stat().st_mtime_ns == written
     Image.fromarray(np.full((32, 32, 3), 9, dtype=np.uint8)).save(tmp_path / "train" / "class0" / "001.png")
     assert (data.load("folder", tmp_path).train.images[1] == 9).all()
+    for part in ("train", "test"):  # a new class, without an image so far
+        (tmp_path / part / "class2").mkdir()
+    with pytest.raises(UserError, match="class2 is empty"):
+        data.load("folder", tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])

@@ -41,6 +41,27 @@ def test_a_program_ends_with_one_line_at_most(program, output, code, says):
     assert (done.returncode, done.stderr) == (code, says)
 
 
+BAR = "from errors import UserError, run_main\nfrom tqdm import tqdm\ndef main():\n    list(tqdm([1]))\n"
+FAILS = BAR + "    raise UserError('no')\nrun_main(main)"
+
+
+@pytest.mark.parametrize(
+    ("program", "redirection", "code"),
+    [(BAR + "run_main(main)", "2>&-", 0), (FAILS, "2>&-", 2), (FAILS, ">&- 2>&- <&-", 2), (FAILS, "2>/dev/full", 2)],
+)
+def test_a_program_runs_without_streams_and_ends_with_its_code(program, redirection, code):
+    if "full" in redirection and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    command = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=ROOT).returncode == code
+
+
+def test_a_closed_stream_keeps_its_descriptor_from_files():
+    code = "import startup, os, sys; sys.exit(open(os.devnull).fileno() != 3)"
+    command = ["sh", "-c", 'exec "$0" "$@" 2>&- 3>&-', sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
 def test_a_librarys_message_is_one_plain_line():
     assert reason(ValueError("\n\x1b[1mbad\x1b[0m news\x07\nand more")) == "bad news"
     assert reason(ValueError()) == "ValueError" and len(reason(ValueError("x" * 999))) == 120

@@ -108,7 +108,7 @@ def test_two_programs_do_not_write_one_file(tmp_path):
     (tmp_path / "link").symlink_to(path)
     for _ in range(2):  # the lock ends with the block
         with locked(path, wait=False), locked(tmp_path / "b.bin", wait=True):
-            with pytest.raises(UserError, match="another program writes .*link now"):
+            with pytest.raises(UserError, match="another program is writing .*link; wait for it, or choose"):
                 with locked(tmp_path / "link", wait=False):
                     pass
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_images
 
 import results
 import train
@@ -27,6 +28,9 @@ def test_a_run_differs_from_the_default_in_its_change(recipe):
     changed = {name for name, value in vars(run).items() if value != getattr(base, name)}
     assert changed == {"cutout", "flip", "save_path", "log_file"} and (run.cutout, run.flip) == (8, False)
     assert recipe.shown_flags(base) == "--epochs 10"
+    shorter = recipe.run_settings(settings, [*common, "--max-minutes", "5"], "default", 3)
+    assert recipe.shown_flags(shorter) == "--epochs 10 --max-minutes 5.0"
+    assert shorter.save_path != base.save_path and shorter.log_file != base.log_file
     assert len({recipe.run_settings(settings, [], c, 0).save_path for c in recipe.CHANGES}) == len(recipe.CHANGES)
 
 
@@ -60,3 +64,21 @@ def test_runs_are_trained_once_and_the_page_is_written(recipe, image_folder, tmp
     assert trained == [0, 8] and [row["change"] for row in rows] == ["default", "cutout 8"]
     assert {row["flags"] for row in rows} == {"--width-mult 0.1 --epochs 1 --batch-size 16"}
     assert page.read_text().startswith("before\n") and recipe.page(rows) in page.read_text()
+    write_images(tmp_path / "others", classes=2)
+    argv[argv.index("--data-dir") + 1] = str(tmp_path / "others")
+    with pytest.raises(UserError, match="default_seed0_.*safetensors was trained on other images; give another --runs"):
+        recipe.main()
+    argv[argv.index("--runs") + 1] = str(tmp_path / "more")
+    assert recipe.main() == 0 and trained == [0, 8, 0, 0, 8]
+    rows = results.read(output, recipe.COLUMNS)
+    assert len(rows) == 4 and len({row["val_crc32"] for row in rows}) == 2
+    assert recipe.page(rows[2:]) in page.read_text()  # the other rows are not compared with these
+
+
+def test_rows_that_came_along_still_count(recipe, monkeypatch):
+    rows = results.read(recipe.HERE / "recipe.csv", recipe.COLUMNS)
+    common = "--dataset folder --progressive-sizes 16,24,32 --width-mult 0.35 --epochs 10 --bf16 --data-dir d"
+    flags = recipe.shown_flags(recipe.parse(train.Settings, "", common.split()))
+    point = {"flags": flags, "change": "lr 0.2", "seed": 0, "val_crc32": "81edf194"}
+    assert results.has(rows, point, recipe.KEY)
+    assert not results.has(rows, point | {"val_crc32": "00000000"}, recipe.KEY)

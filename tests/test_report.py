@@ -61,6 +61,17 @@ def test_bad_results_file_is_refused(tmp_path, content):
         report.read_results(path)
 
 
+def test_an_error_without_a_message_is_one_line_too(tmp_path, monkeypatch):
+    import pandas as pd
+
+    def fails(*_, **__):
+        raise ValueError
+
+    monkeypatch.setattr(pd, "read_csv", fails)
+    with pytest.raises(UserError, match="r.csv is not a table that test.py wrote .ValueError."):
+        report.read_results(tmp_path / "r.csv")
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_pareto_front_against_all_pairs(seed):
     random = np.random.default_rng(seed)

@@ -40,13 +40,34 @@ def test_a_file_of_an_older_version_is_read_and_added_to(tmp_path):
     assert results.has(results.read(path), row())
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b""])
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b"x" * 200_000])
 def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "results.csv"
     path.write_bytes(content)
     with pytest.raises(UserError, match="--output"):
         results.append(path, row())
+    with pytest.raises(UserError, match="^--peers .*; give another file$"):
+        results.read(path, ("tool", "bytes"), "--peers")
     assert path.read_bytes() == content
+
+
+def test_what_a_spreadsheet_saved_is_read_or_its_separator_named(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("\n")  # empty: new
+    results.append(path, row())
+    saved = path.read_text()
+    path.write_text(saved, encoding="utf-8-sig")
+    assert results.has(results.read(path), row())
+    path.write_text(saved.replace(",", ";"))
+    with pytest.raises(UserError, match="--output .* has semicolons between its cells; save it with commas"):
+        results.read(path)
+
+
+def test_an_overlong_cell_is_one_line(tmp_path):
+    path = tmp_path / "results.csv"
+    results.append(path, row(checkpoint="x" * 200_000))
+    with pytest.raises(UserError, match="--output .* is not a table .*field larger than field limit"):
+        results.read(path)
 
 
 def test_a_row_with_a_cell_too_many_is_told(tmp_path):
@@ -54,5 +75,5 @@ def test_a_row_with_a_cell_too_many_is_told(tmp_path):
     results.append(path, row())
     for spoilt in (path.read_text().rstrip() + ",my note\n", path.read_text().rpartition(",")[0] + "\n"):
         path.write_text(spoilt)
-        with pytest.raises(UserError, match="has a row that does not fit its header"):
+        with pytest.raises(UserError, match="has a row that does not match its header"):
             results.read(path)

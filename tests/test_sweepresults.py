@@ -132,6 +132,16 @@ def test_the_cache_is_of_the_project_that_was_asked_for(tmp_path, monkeypatch):
     assert sweepresults.fetch_sweep("other", "q", "s1", tmp_path).path == "other/q/s1"
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"path": "me/p/s1"}', json.dumps(read([]) | {"path": 3})])
+def test_json_that_is_no_kept_sweep_is_one_line_and_stays(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(tracking, "read_sweep", lambda *a: read(WHOLE))
+    path = tmp_path / "sweep-me-p-s1.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="sweep-me-p-s1.json is not a sweep .*; move it away"):
+        sweepresults.fetch_sweep("me", "p", "s1", tmp_path)
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize(
     "parameter, values",
     [

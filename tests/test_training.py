@@ -162,10 +162,10 @@ def test_resume_says_what_does_not_fit(tmp_path, image_folder, monkeypatch, caps
     train.train(settings(image_folder, tmp_path, epochs=1, resume=True))
     assert "this run is finished" in capsys.readouterr().out
     assert (tmp_path / "net.safetensors").read_bytes() == saved
-    with pytest.raises(UserError, match="--epochs 1, not 2; give the same settings"):
+    with pytest.raises(UserError, match="--epochs 1, not 2; give the same settings, delete .*resume to start anew"):
         train.train(settings(image_folder, tmp_path, epochs=2, resume=True))
 
-    with pytest.raises(UserError, match="net.safetensors is there already; give another --save-path"):
+    with pytest.raises(UserError, match="net.safetensors already exists; give another --save-path"):
         train.train(settings(image_folder, tmp_path, epochs=1))
     assert (tmp_path / "net.safetensors").read_bytes() == saved
 
@@ -175,7 +175,7 @@ def test_resume_says_what_does_not_fit(tmp_path, image_folder, monkeypatch, caps
     for name, value in (("lr", 0.1), ("batch_size", 5), ("ema_decay", 0.5), ("progressive_sizes", (8, 16))):
         with pytest.raises(UserError, match=f"--resume: .*{train.flag(name)} "):
             train.train(settings(image_folder, tmp_path, **{"epochs": 1, name: value}, resume=True))
-    with pytest.raises(UserError, match="--resume: .* is of other images"):
+    with pytest.raises(UserError, match="--resume: .* belongs to other images"):
         pixels = data.load("folder", image_folder)
         monkeypatch.setattr(
             data,
@@ -198,7 +198,7 @@ def test_the_work_of_a_run_before_is_not_overwritten(tmp_path, image_folder, mon
     state = tmp_path / "net.safetensors.resume"
     saved = state.read_bytes()
     for _ in range(2):  # also before there is a checkpoint
-        with pytest.raises(UserError, match="net.safetensors.resume is the state of a run .* add --resume"):
+        with pytest.raises(UserError, match="net.safetensors.resume is the state of an interrupted run; add --resume"):
             train.train(settings(image_folder, tmp_path))
         (tmp_path / "net.safetensors").unlink(missing_ok=True)
     assert state.read_bytes() == saved
@@ -212,10 +212,16 @@ def test_the_work_of_a_run_before_is_not_overwritten(tmp_path, image_folder, mon
 def test_two_runs_do_not_write_the_same_files(tmp_path, image_folder):
     def second(_: Epoch) -> None:
         for resume in (False, True):
-            with pytest.raises(UserError, match="another program writes .*net.safetensors now"):
+            with pytest.raises(UserError, match="another program is writing .*net.safetensors; wait"):
                 train.train(settings(image_folder, tmp_path, resume=resume))
+        neighbour = dataclasses.replace(settings(image_folder, tmp_path), save_path=tmp_path / "b.pth")
+        with pytest.raises(UserError, match="another program is writing .*training_log.txt; .* another --log-file"):
+            train.train(neighbour)
+        train.train(dataclasses.replace(neighbour, epochs=1, log_file=tmp_path / "b.txt"))
 
     train.train(settings(image_folder, tmp_path, epochs=1), second)
+    log = (tmp_path / "training_log.txt").read_text()
+    assert log.count("# ") == 1 and log.count("\n") == (tmp_path / "b.txt").read_text().count("\n") == 3
 
 
 class Gone:
@@ -350,7 +356,7 @@ def test_bad_input_is_one_line_before_the_first_step(tmp_path, image_folder, run
     code, _, err = run_main(train, *line.split())
     assert code == 2 and err.count("\n") == 1
     assert message.format(tmp=tmp_path) in err and err.startswith("error: ")
-    assert sorted(set(os.listdir(tmp_path)) - {".net.pth.lock"}) == ["file"]
+    assert sorted(set(os.listdir(tmp_path)) - {".net.pth.lock", ".training_log.txt.lock"}) == ["file"]
 
 
 def test_compiling_without_a_compiler_is_one_line(tmp_path, image_folder, run_main, monkeypatch):
@@ -622,25 +628,24 @@ def test_weights_that_go_on_keep_their_held_out_images_apart(image_folder, tmp_p
     assert "another order" in capsys.readouterr().err
 
 
-def test_the_log_keeps_other_runs_and_cuts_only_its_own(tmp_path):
+def test_the_log_keeps_other_runs_and_cuts_only_the_line_that_is_repeated(tmp_path):
     path = tmp_path / "log.txt"
-    for command in ("a", "b"):
-        with open_log(path, command, 0) as log:
-            log.write("1 x\n2 x\n10 x\n")
-    with open_log(path, "b", 1) as log:
-        log.write("2 new\n")
-    with open_log(path, "c", None) as other, open_log(path, "c2", None) as another:  # both runs' lines stay
-        other.write("1 c\n")
-        other.flush()
-        another.write("1 c2\n")
-    text = path.read_text()
-    assert "1 c\n" in text and text.endswith("1 c2\n")
-    path.write_text(text[: text.index("# c\n")])
+
+    def written(command: str, after: int | None, *lines: str) -> list[str]:
+        with open_log(path, command, after) as log:
+            log.writelines(f"{line}\n" for line in lines)
+        return path.read_text().splitlines()
+
     columns = "epoch lr train_loss train_acc val_loss val_acc test_loss test_acc images_per_second"
-    lines = path.read_text().splitlines()
-    assert lines == ["# a", columns, "1 x", "2 x", "10 x", "# b", columns, "1 x", "2 new"]
-    for after in (1, 2):  # "a" goes on behind "b", twice
-        with open_log(path, "a", after) as log:
-            log.write("2 new\n3 new\n")
-    first, second = ["# a", columns, "1 x", "# b", columns, "1 x", "2 new"], ["# a", columns, "2 new", "2 new", "3 new"]
-    assert path.read_text().splitlines() == first + second
+    for command in ("a", "b"):
+        written(command, None, "9 x", "10 x")
+    first = ["# a", columns, "9 x"]
+    between = ["# b", columns, "9 x", "10 new"]
+    assert written("b", 9, "10 new") == [*first, "10 x", *between]
+    assert written("a", 9, "10 new") == [*first, *between, "# a", columns, "10 new"]  # behind "b"
+    lines = written("a", 10, "11 new")  # goes on there
+    assert lines == [*first, *between, "# a", columns, "10 new", "11 new"]
+    # Two lines after the state cannot be this run's: one of the same command in another folder, or lines that mixed.
+    assert written("a", 9, "10 other") == [*lines, "# a", columns, "10 other"]
+    path.write_text(path.read_text().rstrip())
+    assert written("a", 10, "11 other")[-2:] == ["10 other", "11 other"]  # also behind a line that is not ended
