@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +39,7 @@ from errors import UserError, optional_import, run_main
 from evaluation import score
 from files import check_writable, same_file, write_bytes
 from network import INPUT
-from quantization import Grid, Layer, QuantizedNetwork
+from quantization import Grid, Layer, QuantizedNetwork, predictor
 
 OPSET, IR_VERSION = 21, 10  # the first that have 4-bit numbers; onnxruntime 1.18 and newer read them
 SAFE_CODE = 64  # two products of larger int8 weights and uint8 activations overflow the int16 of AVX2's kernels
@@ -74,7 +75,8 @@ def main() -> int:
     if settings.data_dir or settings.dataset:
         folder = settings.data_dir or Path("data")
         found = subjects.load_data(settings.dataset, folder, settings.packed, info["dataset"], tuple(classes))
-        print(measured(output, found.test))
+        print(f"here:        {measured(predictor(network), found.test)}")
+        print(f"onnxruntime: {measured(in_onnxruntime(output), found.test)}")
     return 0
 
 
@@ -82,21 +84,21 @@ def size_mb(path: Path) -> str:
     return f"{path.stat().st_size / 1e6:.3f} MB"
 
 
-def measured(path: Path, test: data.Split) -> str:
-    """Accuracy and speed of an exported model in onnxruntime, on as many threads as torch has."""
+def measured(forward: Callable[[Tensor], Tensor], test: data.Split) -> str:
+    """Accuracy on the test images, and the speed."""
+    forward(test.images[:BATCH])  # warm-up
+    begun = time.perf_counter()
+    accuracy = score(forward, test, BATCH, "cpu").accuracy
+    return f"test accuracy {accuracy:.2f} %, {len(test) / (time.perf_counter() - begun):.0f} images/s"
+
+
+def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
+    """uint8 images [B, 3, 32, 32] → logits [B, classes] of an exported model, on as many threads as torch has."""
     runtime = optional_import("onnxruntime", "measuring an exported model")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def forward(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
-
-    forward(test.images[:BATCH])  # warm-up
-    begun = time.perf_counter()
-    accuracy = score(forward, test, BATCH, "cpu").accuracy
-    speed = len(test) / (time.perf_counter() - begun)
-    return f"onnxruntime {runtime.__version__}: test accuracy {accuracy:.2f} %, {speed:.0f} images/s"
+    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- the graph

@@ -233,6 +233,42 @@ def test_targets_are_checked_before_the_work(call, program, monkeypatch):
         assert code == 2 and flags[1] in err
 
 
+def test_no_output_replaces_an_input_or_a_file_of_another_kind(call):
+    checkpoint = Path("c.safetensors").read_bytes()
+    Path("notes.txt").write_text("mine")
+    search = ["--target-size-mb", "1", "--bits-file"]
+    for flags in (
+        [*search, "c.safetensors"],
+        [*search, "notes.txt"],
+        ["--weight-bits", "4", "--save-packed", "c.safetensors"],
+        ["--weight-bits", "4", "--save-packed", "notes.txt"],
+    ):
+        code, _, err = call(*flags)
+        assert code == 2 and flags[-1] in err and len(err.strip().splitlines()) == 1
+    assert Path("c.safetensors").read_bytes() == checkpoint and Path("notes.txt").read_text() == "mine"
+    for _ in range(2):  # what test.py wrote itself is replaced
+        assert call("--weight-bits", "4", "--rounding", "plain", "--save-packed", "p.safetensors")[0] == 0
+
+
+def test_a_packed_file_is_labelled_by_its_header(call, program):
+    assert (
+        call("--weight-bits", "4", "--act-bits", "6", "--rounding", "plain", "--save-packed", "p.safetensors")[0] == 0
+    )
+    labels = program.label(program.Settings(packed=Path("p.safetensors")))
+    assert labels.name == "w4a6-b256" and "plain" in labels.tags
+
+
+def test_bits_of_a_file_decide_what_few_bits_need(program, tmp_path, monkeypatch):
+    """Eight bits at both ends where some layer has three or fewer, not because the bits are a file's."""
+    monkeypatch.chdir(tmp_path)
+    for bits, edge in ((8, None), (3, 8)):
+        Path("b.yaml").write_text(f"layers: {{features.0.0: 8, classifier.1: {bits}}}")
+        settings = program.Settings(bits_file=Path("b.yaml"), activation_quant_bits=(4,))
+        assert program.point_of(settings).plan.edge_bits == edge
+    with pytest.raises(UserError, match="reconstruct always tunes"):
+        program.point_of(program.Settings(weight_quant_bits=(4,), rounding="reconstruct", tune=False))
+
+
 def test_the_method_names_only_what_it_changed(program):
     settings = program.Settings(activation_quant_bits=(4,), bias_correction=True, equalize=True)
     assert program.point_of(settings).method == "auto+equalize=True"

@@ -131,8 +131,9 @@ def test_the_program_writes_measures_and_names_the_classes(packed, monkeypatch, 
     assert main(monkeypatch, "--packed", packed, "--data-dir", packed.parent) == 0
     model = onnx.load(packed.with_suffix(".onnx"))
     assert {prop.key: prop.value for prop in model.metadata_props}["classes"].startswith('["0", "1"')
-    out = capsys.readouterr().out
-    assert "MB" in out and float(out.partition("test accuracy ")[2].split()[0]) == 100
+    written, here, there = capsys.readouterr().out.splitlines()
+    assert "MB" in written and float(here.partition("test accuracy ")[2].split()[0]) > 70
+    assert "onnxruntime: test accuracy 100.00 %" in there
 
 
 def test_bad_input_is_one_line(packed, monkeypatch):

@@ -11,7 +11,7 @@ import cli
 
 FOLDERS = (".", "benchmarks", "checkpoints", "sweeps", "sweepserver")
 PAGES = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.md")]
-COMMAND = re.compile(r"^\s*(python (?:train|test|sweep|benchmarks/\w+)\.py .*)$", re.MULTILINE)
+COMMAND = re.compile(r"^\s*(python (?:train|test|sweep|export|benchmarks/\w+)\.py .*)$", re.MULTILINE)
 
 
 def commands() -> list[str]:

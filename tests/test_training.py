@@ -381,7 +381,7 @@ def test_starting_from_a_checkpoint(tmp_path, image_folder, capsys):
         begin = checkpoints.load(path)
         assert end.normalization == begin.normalization
         assert torch.equal(end.state["features.0.0.weight"], begin.state["features.0.0.weight"])
-        assert ("the classifier starts anew" in capsys.readouterr().out) != same
+        assert ("the classifier is reinitialised" in capsys.readouterr().out) != same
         assert torch.equal(end.state["classifier.1.weight"], begin.state["classifier.1.weight"]) if same else True
     with pytest.raises(UserError, match="3-0.2.pth is a network of width 0.2; give --width-mult 0.2"):
         train.train(settings(image_folder, tmp_path / "wide", checkpoint=tmp_path / "3-0.2.pth", **still))
