@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import compression
-import entropy as entropy_coder
 import rounding
 from calibration import Plan, observe, plain_layer, prepared, round_layer, run_observed
 from errors import UserError
+from evaluation import divergence
 from network import (
     INPUT,
     Network,
@@ -33,6 +33,7 @@ from network import (
     value_sizes,
     walk,
 )
+from packing import packed_bytes
 from quantization import (
     CACHE_IMAGES,
     Layer,
@@ -117,7 +118,7 @@ def value_sensitivities(
 
     harms = output_harms(network, measuring, variants)
     return {
-        name: {bits: Trial(harm, compression.packed_bytes(elements[name], bits)) for bits, harm in row.items()}
+        name: {bits: Trial(harm, packed_bytes(elements[name], bits)) for bits, harm in row.items()}
         for name, row in harms.items()
     }
 
@@ -177,14 +178,14 @@ def output_harms(
 
     for start in range(0, len(images), CACHE_IMAGES):
         values = {INPUT: network.normalization(images[start : start + CACHE_IMAGES])}
-        exact = walk(network.ops, values[INPUT], do).double().log_softmax(1)
+        exact = walk(network.ops, values[INPUT], do).double()
         for i, op in enumerate(network.ops):
             inputs, rest = [values[name] for name in op.inputs], network.ops[i + 1 :]
             needed = {name for later in rest for name in later.inputs}
             values = {name: value for name, value in values.items() if name in needed}
             for bits, variant in made[op.name].items():
-                changed = resume(rest, values, op.name, variant(inputs), do).double().log_softmax(1)
-                harms[op.name][bits] += float((exact.exp() * (exact - changed)).sum()) / len(images)
+                changed = resume(rest, values, op.name, variant(inputs), do).double()
+                harms[op.name][bits] += float(divergence(changed, exact)) * len(exact) / len(images)
             values[op.name] = do(op, inputs)
     return harms
 
@@ -192,16 +193,7 @@ def output_harms(
 def layer_bytes(op: Op, layer: Layer, entropy: bool) -> int:
     """What the layer takes in the packed file: codes, scales, zero-points, bias. With entropy coding: its codes coded,
     where that is smaller; what deflating scales and biases gains is not foreseen."""
-    grid = layer.grid
-    middle = bool((grid.zero_point == 2 ** (grid.bits - 1)).all())
-    coded = None
-    if entropy:
-        symbols = compression.from_zero_point(layer.codes.flatten(1), grid, -1).numpy().reshape(-1)
-        coded = math.ceil(entropy_coder.coded_bytes(symbols, grid.bits))
-        coded = coded if coded < compression.packed_bytes(len(symbols), grid.bits) else None
-    return compression.layer_size(
-        op, layer, compression.LayerFormat(grid.bits, grid.scale.ndim == 1, middle, coded)
-    ).total_bytes
+    return compression.layer_size(op, layer, compression.layer_format(layer, entropy)[0]).total_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------- allocation

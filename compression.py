@@ -1,5 +1,6 @@
-"""The packed file: a quantized network stored densely in one small safetensors file, and the bytes each layer takes. A
-few flat blobs hold the layers' data in the order of the operations (which the architecture determines); the header
+"""The packed file: a quantized network stored densely in one small safetensors file.
+
+A few flat blobs hold the layers' data in the order of the operations, which the architecture determines; the header
 holds one JSON manifest:
 
     codes        uint8    every layer's codes at its own width (`pack_bits`), each layer starting on a byte boundary
@@ -18,10 +19,10 @@ damaged file is rejected before any of it is used; lengths and ranges are checke
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ from data import Normalization
 from errors import UserError, reason
 from files import obstacle, write_bytes
 from models import Architecture, MobileNetV2
-from network import INPUT, Op, fused_operations, operations, peak_bytes, value_sizes, weighted
+from network import Op, operations, weighted
+from packing import pack_bits, packed_bytes, unpack_bits
 from quantization import BIAS_FRACTION_BITS, Grid, Layer, QuantizedNetwork
+from sizes import LayerSize, SizeReport, activation_sizes, fp32_state_bytes, shared_out
 
 FORMAT = "mobilenetv2-cifar-packed"
 VERSIONS = {1: 0, 2: BIAS_FRACTION_BITS}  # version of the format → the network's bias_fraction_bits
@@ -46,195 +49,6 @@ MOST_HEADER_BYTES, MOST_BYTES = 2**20, 2**31  # larger files cannot be ours and 
 DEFLATED = {"scales": torch.float16, "zero_points": torch.uint8, "biases": torch.float16}
 MOST_INFLATED_BYTES = 2**24
 MOST_CODES = 2**26  # upper bound on decoded codes (a few bytes can decode to any number): twice the weights at width 4
-
-
-# ------------------------------------------------------------------------------------------------------- packing bits
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes (uint8, any shape, n numbers below 2^bits, 1 <= bits <= 8) → uint8 [ceil(n * bits / 8)], densely.
-
-    Low bits first; a code may straddle two bytes; the last byte is padded with zeros. For 3 bits, codes a, b, c, ...:
-
-        bit     7   6   5   4   3   2   1   0
-        byte 0  c1  c0  b2  b1  b0  a2  a1  a0
-        byte 1  f0  e2  e1  e0  d2  d1  d0  c2
-
-    ValueError where a code does not fit.
-    """
-    flat = codes.detach().cpu().reshape(-1).numpy()
-    if not 1 <= bits <= 8 or codes.dtype != torch.uint8 or (flat.size and int(flat.max()) >> bits):
-        raise ValueError(f"codes must be uint8 below 2^bits with 1 to 8 bits; bits is {bits}, dtype {codes.dtype}")
-    each = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(each, bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_bits`: uint8 [count]. ValueError if `packed` has the wrong length or its padding is not
-    zero."""
-    if not 1 <= bits <= 8 or packed.dtype != torch.uint8 or packed.shape != (packed_bytes(count, bits),):
-        raise ValueError(f"{count} codes of {bits} bits do not take {packed.numel()} bytes")
-    stream = np.unpackbits(packed.cpu().numpy(), bitorder="little")
-    if stream[count * bits :].any():
-        raise ValueError("bits set behind the last code")
-    columns = stream[: count * bits].reshape(count, bits)
-    codes = np.zeros(count, np.uint8)
-    for bit in range(bits):
-        codes |= columns[:, bit] << bit
-    return torch.from_numpy(codes)
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    return -(-count * bits // 8)
-
-
-# ------------------------------------------------------------------------------------------------------------- sizes
-
-
-@dataclass(frozen=True)
-class LayerSize:
-    """One layer's part of the file, in bytes. bits is 32 where the weight stays in FP32.
-
-    code_bytes: the codes as stored, packed or entropy-coded; in the latter case what the stream grew by while the layer
-    was coded, which differs a little from the layer's own information because each lane holds back up to 2 bytes.
-    float_bytes: the bias (float16, or float32 where the weight is), and the FP32 weight. Blobs deflated for all layers
-    together are divided among the layers in proportion.
-    """
-
-    name: str
-    kind: str
-    numel: int
-    bits: int
-    code_bytes: int
-    scale_bytes: int
-    zero_point_bytes: int
-    float_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.code_bytes + self.scale_bytes + self.zero_point_bytes + self.float_bytes
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that encode the weight: codes, scales and zero-points, or FP32 values; without the bias."""
-        return 4 * self.numel if self.bits == 32 else self.code_bytes + self.scale_bytes + self.zero_point_bytes
-
-
-@dataclass(frozen=True)
-class SizeReport:
-    """What a packed file holds, byte for byte: rows + grid_bytes + table_bytes + header_bytes == total_bytes, the size
-    of the file on disk.
-
-    grid_bytes: activation grids. table_bytes: the entropy coder's tables and end states, shared by all layers.
-    header_bytes: names, manifest, alignment. fp32_bytes: see `fp32_state_bytes`.
-
-    activation_bytes, peak_activation_bytes and their fp32_ counterparts: the sum over all stored activations of one
-    32x32 image, and the maximum alive at once (operation by operation as `fused_operations` has them, in order, nothing
-    recomputed). A value takes its grid's bits an element, rounded up to whole bytes; without a grid (the logits, as a
-    rule) 4 bytes an element. The image is 8-bit pixels where activations are quantized, and float32 where they are not.
-    """
-
-    rows: tuple[LayerSize, ...]
-    grid_bytes: int
-    table_bytes: int
-    header_bytes: int
-    fp32_bytes: int
-    activation_bytes: int
-    fp32_activation_bytes: int
-    peak_activation_bytes: int
-    fp32_peak_activation_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(row.total_bytes for row in self.rows) + self.grid_bytes + self.table_bytes + self.header_bytes
-
-    @property
-    def model_size_mb(self) -> float:
-        """The file on disk, all included, in units of 10^6 bytes."""
-        return self.total_bytes / 1e6
-
-    @property
-    def model_size_fp32_mb(self) -> float:
-        """The FP32 state as trained, in units of 10^6 bytes."""
-        return self.fp32_bytes / 1e6
-
-    @property
-    def compression_ratio_model(self) -> float:
-        """FP32 state as trained (`fp32_state_bytes`, no header) over the packed file, all included."""
-        return self.fp32_bytes / self.total_bytes
-
-    @property
-    def compression_ratio_weights(self) -> float:
-        """Weights of convolutions and classifier at 32 bits, over what stands for them: codes, scales, zero-points,
-        the entropy coder's tables. No biases, no header."""
-        return 4 * sum(r.numel for r in self.rows) / (sum(r.weight_bytes for r in self.rows) + self.table_bytes)
-
-    @property
-    def compression_ratio_activations(self) -> float:
-        """All values of one image: FP32 bytes over quantized bytes."""
-        return self.fp32_activation_bytes / self.activation_bytes
-
-    @property
-    def compression_ratio_peak_activations(self) -> float:
-        """The most bytes of values alive at once: FP32 over quantized."""
-        return self.fp32_peak_activation_bytes / self.peak_activation_bytes
-
-
-def fp32_state_bytes(state: Mapping[str, Tensor]) -> int:
-    """Bytes of all tensors of a state dict: weights, biases, batch norm's parameters and running statistics, and its
-    counters (`num_batches_tracked`, 8 bytes each). No header. Width 1.0 and 10 classes: 9,083,592, of which the
-    counters are 416."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
-def activation_sizes(network: QuantizedNetwork) -> tuple[int, int, int, int]:
-    """(total, FP32 total, peak, FP32 peak) bytes of the values of one image; counted as SizeReport says."""
-    ops = fused_operations(network.ops)
-    elements = value_sizes(network.ops, {name: layer.codes for name, layer in network.layers.items()})
-    elements = {name: elements[name] for name in (INPUT, *(op.name for op in ops))}
-    bits = {name: network.activations[name].bits if name in network.activations else 32 for name in elements}
-    bits[INPUT] = 8 if network.activations else 32
-    quantized = {name: packed_bytes(count, bits[name]) for name, count in elements.items()}
-    full = {name: 4 * count for name, count in elements.items()}
-    peaks = [int(peak_bytes(ops, sizes)) for sizes in (quantized, full)]
-    return sum(quantized.values()), sum(full.values()), *peaks
-
-
-def report(packed: "Packed") -> SizeReport:
-    """The sizes of a file; the header is what the blobs leave of it."""
-    network, blobs = packed.network, packed.blobs
-    rows = tuple(
-        layer_size(op, network.layers[op.name], p) for op, p in zip(weighted(network.ops), packed.formats, strict=True)
-    )
-    size = {name: tensor.numel() * tensor.element_size() for name, tensor in blobs.items()}
-    tables = size.get("tables", 0) + (4 * entropy_coder.LANES if "stream" in size else 0)
-    header = packed.total_bytes - sum(size.values())
-    with torch.device("meta"):
-        trained = fp32_state_bytes(MobileNetV2(network.architecture).state_dict())
-    for name, field in {"scales": "scale_bytes", "zero_points": "zero_point_bytes", "biases": "float_bytes"}.items():
-        if name in packed.deflated:
-            rows = shared_out(rows, field, size[name])
-    return SizeReport(rows, size.get("grids", 0), tables, header, trained, *activation_sizes(network))
-
-
-def shared_out(rows: Sequence[LayerSize], field: str, total: int) -> tuple[LayerSize, ...]:
-    """The rows with `total` bytes shared out over that field of the quantized layers, each in its proportion."""
-    before = [getattr(row, field) if row.bits != 32 else 0 for row in rows]
-    ends = [0, *(total * part // sum(before) for part in accumulate(before))]
-    return tuple(
-        row if row.bits == 32 else replace(row, **{field: end - start})
-        for row, (start, end) in zip(rows, pairwise(ends), strict=True)
-    )
-
-
-def layer_size(op: Op, layer: Layer, form: "LayerFormat") -> LayerSize:
-    count, out = layer.codes.numel(), len(layer.bias)
-    if form.bits == 0:
-        return LayerSize(op.name, op.kind, count, 32, 0, 0, 0, 4 * (count + out))
-    channels = out if form.per_channel else 1
-    codes = packed_bytes(count, form.bits) if form.coded is None else form.coded
-    zeros = 0 if form.middle else packed_bytes(channels, form.bits)
-    return LayerSize(op.name, op.kind, count, form.bits, codes, 2 * channels, zeros, 2 * out)
 
 
 # ----------------------------------------------------------------------------------------------------- the packed file
@@ -279,7 +93,7 @@ def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], 
     formats, deflated, blobs = choices[contents.index(content)]
     content = sign(content)
     write_bytes(path, content)
-    sizes = report(Packed(network, formats, blobs, deflated, dict(info), len(content)))
+    sizes = size_report(Packed(network, formats, blobs, deflated, dict(info), len(content)))
     assert sizes.total_bytes == path.stat().st_size, "the report misses bytes of the file"
     return sizes
 
@@ -294,7 +108,7 @@ def load_packed(path: Path) -> tuple[QuantizedNetwork, dict[str, Any]]:
 
 def packed_sizes(path: Path) -> SizeReport:
     """The SizeReport of an existing file, equal to the one `save_packed` returned."""
-    return report(read(path))
+    return size_report(read(path))
 
 
 def from_zero_point(codes: Tensor, grid: Grid, direction: int) -> Tensor:
@@ -319,17 +133,15 @@ def to_blobs(
             parts["floats"] += [layer.codes.detach().float().cpu().reshape(-1), layer.bias.detach().float().cpu()]
             formats.append(LayerFormat(0))
             continue
-        middle = bool((grid.zero_point == 2 ** (grid.bits - 1)).all())
-        packed = pack_bits(layer.codes, grid.bits)
-        symbols = from_zero_point(layer.codes.cpu().flatten(1), grid, -1).numpy().reshape(-1) if entropy else None
-        if entropy and entropy_coder.coded_bytes(symbols, grid.bits) < len(packed):
-            to_code[len(formats)] = (symbols, grid.bits)
+        form, symbols = layer_format(layer, entropy)
+        if symbols is None:
+            parts["codes"].append(pack_bits(layer.codes, grid.bits))
         else:
-            parts["codes"].append(packed)
-        formats.append(LayerFormat(grid.bits, grid.scale.ndim == 1, middle))
+            to_code[len(formats)] = (symbols, grid.bits)
+        formats.append(form)
         parts["scales"].append(exact_half(grid.scale, f"{op.name}: scales"))
         parts["biases"].append(exact_half(layer.bias, f"{op.name}: biases"))
-        if not middle:
+        if not form.middle:
             parts["zero_points"].append(pack_bits(zero_codes(grid), grid.bits))
     blobs = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
     smaller = {name: deflated_blob(blobs[name]) for name in DEFLATED if entropy and name in blobs}
@@ -345,6 +157,19 @@ def to_blobs(
             raise ValueError(f"activation grids of values that are not there: {sorted(surplus)}")
         blobs["grids"] = as_bytes(b"".join(pack_grid(network.activations.get(op.name)) for op in network.ops))
     return tuple(formats), tuple(smaller), blobs
+
+
+def layer_format(layer: Layer, entropy: bool) -> tuple[LayerFormat, np.ndarray | None]:
+    """How a quantized layer is stored, and the symbols to code where entropy coding makes it smaller (None: packed).
+    `coded` is a forecast until the stream is written."""
+    grid, coded = layer.grid, None
+    middle = bool((grid.zero_point == 2 ** (grid.bits - 1)).all())
+    symbols = from_zero_point(layer.codes.cpu().flatten(1), grid, -1).numpy().reshape(-1) if entropy else None
+    if entropy:
+        coded = math.ceil(entropy_coder.coded_bytes(symbols, grid.bits))
+        if coded >= packed_bytes(len(symbols), grid.bits):
+            coded = symbols = None
+    return LayerFormat(grid.bits, grid.scale.ndim == 1, middle, coded), symbols
 
 
 def deflated_blob(blob: Tensor) -> Tensor:
@@ -573,3 +398,33 @@ def decode_layers(blobs: Blobs, layers: Mapping[str, Layer], length: int) -> dic
         codes = from_zero_point(torch.from_numpy(symbols).reshape(len(layer.bias), -1), layer.grid, +1)
         result[name] = replace(layer, codes=codes.reshape(layer.codes.shape))
     return result
+
+
+# ------------------------------------------------------------------------------------------------- the sizes of a file
+
+
+def size_report(packed: Packed) -> SizeReport:
+    """The sizes of a file; the header is what the blobs leave of it."""
+    network, blobs = packed.network, packed.blobs
+    rows = tuple(
+        layer_size(op, network.layers[op.name], p) for op, p in zip(weighted(network.ops), packed.formats, strict=True)
+    )
+    size = {name: tensor.numel() * tensor.element_size() for name, tensor in blobs.items()}
+    tables = size.get("tables", 0) + (4 * entropy_coder.LANES if "stream" in size else 0)
+    header = packed.total_bytes - sum(size.values())
+    with torch.device("meta"):
+        trained = fp32_state_bytes(MobileNetV2(network.architecture).state_dict())
+    for name, field in {"scales": "scale_bytes", "zero_points": "zero_point_bytes", "biases": "float_bytes"}.items():
+        if name in packed.deflated:
+            rows = shared_out(rows, field, size[name])
+    return SizeReport(rows, size.get("grids", 0), tables, header, trained, *activation_sizes(network))
+
+
+def layer_size(op: Op, layer: Layer, form: LayerFormat) -> LayerSize:
+    count, out = layer.codes.numel(), len(layer.bias)
+    if form.bits == 0:
+        return LayerSize(op.name, op.kind, count, 32, 0, 0, 0, 4 * (count + out))
+    channels = out if form.per_channel else 1
+    codes = packed_bytes(count, form.bits) if form.coded is None else form.coded
+    zeros = 0 if form.middle else packed_bytes(channels, form.bits)
+    return LayerSize(op.name, op.kind, count, form.bits, codes, 2 * channels, zeros, 2 * out)

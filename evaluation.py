@@ -1,4 +1,5 @@
-"""Accuracy and loss of any forward function over a split, without a host synchronisation per batch."""
+"""Accuracy and loss of any forward function over a split, without a host synchronisation per batch; and how far the
+logits of one network are from those of another."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ def score(
         on_batch(len(labels))
     hits, loss = int(torch.stack(correct).sum()), float(torch.stack(losses).cpu().double().sum())
     return Score(100.0 * hits / len(split), loss / len(split), len(split))
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the predicted classes from the target's, in nats."""
+    return F.kl_div(logits.log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean")
 
 
 def normalized(model: Callable[[Tensor], Tensor], normalization: Normalization) -> Callable[[Tensor], Tensor]:

@@ -34,11 +34,12 @@ from torch import Tensor
 import data
 import subject as subjects
 from cli import option, parse
-from compression import load_packed, pack_bits
+from compression import load_packed
 from errors import UserError, optional_import, run_main
 from evaluation import score
 from files import check_writable, same_file, write_bytes
 from network import INPUT
+from packing import pack_bits
 from quantization import Grid, Layer, QuantizedNetwork, predictor
 
 OPSET, IR_VERSION = 21, 10  # the first that have 4-bit numbers; onnxruntime 1.18 and newer read them

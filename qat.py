@@ -26,7 +26,7 @@ from checkpoint import Checkpoint
 from compression import load_packed, save_packed
 from data import Dataset, Split, random_subset
 from errors import UserError
-from evaluation import score
+from evaluation import divergence, score
 from learned import LearnedNetwork
 from network import Network, run_ops, to_device
 from quantization import float_network, predictor
@@ -122,8 +122,8 @@ def distillation(
         total = (1 - share) * F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         if share:
             with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                target = teacher(x).float().log_softmax(1)
-            total = total + share * F.kl_div(logits.log_softmax(1), target, log_target=True, reduction="batchmean")
+                target = teacher(x).float()
+            total = total + share * divergence(logits, target)
         return total
 
     return loss

@@ -25,9 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation import divergence
 from learned import LearnedNetwork, inputs_renamed, key
 from network import Network, Op, run_ops
 from quantization import CACHE_IMAGES, QuantizedNetwork
@@ -164,11 +164,6 @@ def relative_error(target: Tensor) -> Loss:
     """Mean squared error as a share of the target's variance."""
     variance = float(target.var()) + 1e-12
     return lambda y, t: (y - t).square().mean() / variance
-
-
-def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the predicted classes from the target's, in nats."""
-    return F.kl_div(logits.log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean")
 
 
 def improve(stage: Stage, settings: Reconstruction, generator: torch.Generator) -> tuple[float, float]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-    from compression import SizeReport
+    from sizes import SizeReport
 
 WEIGHTS, ACTIVATIONS, ACCURACY = "weight_quant_bits", "activation_quant_bits", "test_acc_quantized"
 SIZE, RATIO, FP32_SIZE, FP32_ACCURACY = (

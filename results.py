@@ -39,8 +39,6 @@ COLUMNS = (
     "calib_images",
     "dataset_crc32",
 )
-OLDER_NAMES = {"calib_pictures": "calib_images"}  # of columns, in results and packed files from before
-OLDER = COLUMNS[:-1]  # files from before dataset_crc32 are read and added to
 # A point of a grid is done when a row agrees with it in these.
 KEY = (
     "dataset",
@@ -58,7 +56,7 @@ KEY = (
 
 def read(path: Path, columns: Sequence[str] = COLUMNS, flag: str = "--output") -> list[dict[str, str]]:
     """The rows of a results file (or of another table, of those `columns`) as text; none where the file is empty or
-    does not exist yet. What an older results file lacks is empty. UserError, which names `flag`, for a file of other
+    does not exist yet. UserError, which names `flag`, for a file of other
     columns, which is left alone."""
     try:  # names of files may hold any bytes; a spreadsheet may have put a byte order mark at the beginning
         text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -70,12 +68,11 @@ def read(path: Path, columns: Sequence[str] = COLUMNS, flag: str = "--output") -
         return []
     try:
         reader = csv.DictReader(io.StringIO(text))
-        reader.fieldnames = [OLDER_NAMES.get(name, name) for name in reader.fieldnames or ()]
-        rows = [dict.fromkeys(columns, "") | row for row in reader]
+        names, rows = tuple(reader.fieldnames or ()), list(reader)
     except csv.Error as error:
         raise UserError(f"{flag} {path} is not a table ({reason(error)}); give another file") from None
-    if tuple(reader.fieldnames) not in (tuple(columns), *([OLDER] if columns == COLUMNS else [])):
-        if len(reader.fieldnames) == 1 and ";" in reader.fieldnames[0]:
+    if names != tuple(columns):
+        if len(names) == 1 and ";" in names[0]:
             raise UserError(
                 f"{flag} {path} has semicolons between its cells; save it with commas, or give another file"
             )
@@ -99,11 +96,6 @@ def append(
         writer.writerows(rows)
         write_bytes(Path(path), out.getvalue().encode(errors="surrogateescape"))
     return rows
-
-
-def renamed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row under the names of today's columns."""
-    return {OLDER_NAMES.get(name, name): value for name, value in row.items()}
 
 
 def text(value: Any) -> str:

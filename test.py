@@ -42,12 +42,13 @@ import tracking
 from allocator import keep_freed_memory
 from calibration import METHODS, Plan, method_plan, quantize_network
 from cli import MOST_SEED, flag, option, parse
-from compression import SizeReport, load_packed, packed_sizes, save_packed
+from compression import load_packed, packed_sizes, save_packed
 from errors import UserError, run_main
 from evaluation import Score, choose_device, score
 from files import check_writable, same_file
 from network import Network, value_sizes
 from quantization import ACTIVATION_RANGES, WEIGHT_RANGES, QuantizedNetwork, float_network, predictor
+from sizes import SizeReport
 from subject import Subject
 
 CALIBRATION_BATCH = 128  # images in a calibration batch, whatever --batch-size is: it must not change the result
@@ -520,7 +521,7 @@ def evaluate_packed(settings: Settings) -> Outcome:
 def packed_row(path: Path, info: Mapping[str, Any]) -> dict[str, Any]:
     """What a packed file's header knows of the row of results.csv. UserError where test.py did not write it."""
     try:
-        row = results.renamed(info["row"])
+        row = dict(info["row"])
         assert {"classes", "dataset"} <= info.keys() and "test_acc_fp32" in row
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
         raise UserError(f"{path} was not written by test.py --save-packed; it does not name its classes") from None

@@ -28,9 +28,9 @@ from calibration import Plan, method_plan, quantize_network
 from checkpoint import DEFAULT_CHECKPOINT
 from cli import option, parse
 from errors import UserError, run_main
+from evaluation import divergence
 from files import check_writable
 from quantization import QuantizedNetwork, float_network, predictor
-from reconstruction import divergence
 from subject import load
 from test import BITS
 

@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 import compression
 import entropy
 import quantization
-from compression import fp32_state_bytes, load_packed, pack_bits, packed_sizes, save_packed, unpack_bits
+from compression import load_packed, packed_sizes, save_packed
 from data import Normalization
 from errors import UserError
 from models import Architecture, MobileNetV2
 from network import fold_batch_norm, value_sizes
+from packing import pack_bits, unpack_bits
+from sizes import fp32_state_bytes
 
 INFO = {"dataset": "digits", "classes": ["zero", "one ☃"], "seed": 3, "settings": {"rounding": "nearest"}}
 

@@ -7,10 +7,11 @@ import torch
 from test_learned import assert_same, small_network, start_of
 
 from compression import load_packed, save_packed
+from evaluation import divergence
 from learned import LearnedNetwork
 from network import INPUT, Network, forward, run_ops
 from quantization import QuantizedNetwork, predictor
-from reconstruction import Reconstruction, blocks, divergence, reconstruct, tune
+from reconstruction import Reconstruction, blocks, reconstruct, tune
 
 FAST = Reconstruction(iterations=24, network_iterations=24, batch_size=8, held_out=0.25, code_rate=0.01, drop=0.5)
 

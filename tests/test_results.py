@@ -29,18 +29,6 @@ def test_names_of_any_bytes_are_kept(tmp_path):
     assert [r["checkpoint"] for r in results.read(path)] == [name] * 2
 
 
-def test_a_file_of_an_older_version_is_read_and_added_to(tmp_path):
-    path = tmp_path / "results.csv"
-    results.append(path, row())
-    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]  # its last column is newer
-    path.write_text("\n".join(lines).replace("calib_images", "calib_pictures") + "\n")
-    assert not results.has(results.read(path), row())  # on which images it was is not known
-    results.append(path, row())
-    assert [r["dataset_crc32"] for r in results.read(path)] == ["", "dataset_crc32"]
-    assert results.has(results.read(path), row())
-
-
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b"x" * 200_000])
 def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "results.csv"
     path.write_bytes(content)

@@ -310,7 +310,9 @@ COMPUTES = (
     "network evaluation checkpoint training",
     "quantization bitsfile subject traininglog",
     "equalization rounding learned",
-    "reconstruction compression",
+    "reconstruction packing",
+    "sizes",
+    "compression",
     "calibration",
     "allocation qat",
 )
