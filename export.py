@@ -176,7 +176,7 @@ def normalized_image(graph: Graph, network: QuantizedNetwork) -> str:
 
 def weight_and_bias(graph: Graph, name: str, layer: Layer, input_scale: float | None, four_bit: bool) -> list[str]:
     """A layer's parameters, as float32 or as codes behind DequantizeLinear. input_scale: None where no integer kernel
-    can take the layer, because its output needs a Clip.
+    can take the layer, because its output needs a Clip (4-bit weights have none either).
 
     Where int8 (or uint4) has more room than the codes need, all codes are shifted to the left and the scales divided:
     integer kernels add the bias as int32 at the scale of the sums, and a finer scale rounds it less. Other biases are
@@ -196,7 +196,7 @@ def weight_and_bias(graph: Graph, name: str, layer: Layer, input_scale: float | 
     scale = grid.scale / 2**shift
     weight = [graph.codes(f"{name}/codes", codes << shift, kind), graph.constant(f"{name}/scale", scale)]
     weight.append(graph.codes(f"{name}/zero_point", zero_points << shift, kind))
-    if input_scale is None:
+    if input_scale is None or kind == "UINT4":
         axis_of_bias, unit = {}, layer.bias.double().abs().max().clamp(min=1e-30) / 2**30
     else:
         axis_of_bias, unit = axis, scale.double() * input_scale
