@@ -87,7 +87,7 @@ def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], 
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file name for the packed model")
-    choices = [to_blobs(network, coded) for coded in {False, entropy}]
+    choices = [to_blobs(network, coded) for coded in ((False, True) if entropy else (False,))]
     contents = [serialise(manifest(network, formats, deflated, info), blobs) for formats, deflated, blobs in choices]
     content = min(contents, key=len)  # a tiny network may not pay for the tables
     formats, deflated, blobs = choices[contents.index(content)]

@@ -169,13 +169,22 @@ class Settings:
         return self.weight_per_channel and not self.weight_per_tensor
 
     @property
-    def searched(self) -> tuple[bool, bool]:
-        """Whether the bits of layers, and those of values, are to be found."""
-        return bool(self.target_size_mb or self.max_drop is not None), bool(self.target_activation_bits)
+    def searches_layers(self) -> bool:
+        """Whether the bits of the layers are to be found."""
+        return bool(self.target_size_mb) or self.max_drop is not None
+
+    @property
+    def searches_values(self) -> bool:
+        """Whether the bits of the activations are to be found."""
+        return bool(self.target_activation_bits)
+
+    @property
+    def searches(self) -> bool:
+        return self.searches_layers or self.searches_values
 
     @property
     def mixed(self) -> bool:
-        return any(self.searched) or self.bits_file is not None
+        return self.searches or self.bits_file is not None
 
 
 @dataclass(frozen=True)
@@ -307,7 +316,7 @@ def check_targets(settings: Settings) -> None:
     """UserError, before any work, if an output cannot be written or would overwrite an input."""
     written = {"--save-packed": settings.save_packed, "--output": settings.output}
     read = {"--packed": settings.packed, "the checkpoint": settings.checkpoint or subjects.default_checkpoint()}
-    (written if any(settings.searched) else read)["--bits-file"] = settings.bits_file
+    (written if settings.searches else read)["--bits-file"] = settings.bits_file
     pairs = [*itertools.combinations(written.items(), 2), *itertools.product(written.items(), read.items())]
     for (one, path), (other, second) in pairs:
         if same_file(path, second):
@@ -316,7 +325,7 @@ def check_targets(settings: Settings) -> None:
         check_writable(path)
     if settings.save_packed and os.path.exists(settings.save_packed):
         load_packed(settings.save_packed)  # UserError for a file of another kind: it is not replaced
-    if any(settings.searched) and settings.bits_file and os.path.exists(settings.bits_file):
+    if settings.searches and settings.bits_file and os.path.exists(settings.bits_file):
         bitsfile.read(settings.bits_file)
 
 
@@ -327,9 +336,9 @@ def point_of(settings: Settings) -> Point:
         raise UserError("a sweep run takes a single bit width, not a list; let the sweep define the grid")
     weight_bits, activation_bits = (None if b[0] == 32 else b[0] for b in bits)
     layers, values = exceptions(settings, weight_bits, activation_bits) if settings.mixed else ({}, {})
-    if layers or settings.searched[0]:
+    if layers or settings.searches_layers:
         weight_bits = weight_bits or max(MIXED_BITS[0], min(layers.values(), default=0))
-    if values or settings.searched[1]:
+    if values or settings.searches_values:
         activation_bits = activation_bits or max(MIXED_BITS[1], min(values.values(), default=0))
     if settings.rounding == "reconstruct" and settings.tune is not None:
         raise UserError("--rounding reconstruct always tunes last; leave out --tune and --no-tune")
@@ -352,10 +361,11 @@ def exceptions(
     if settings.target_size_mb and settings.max_drop is not None:
         raise UserError("--target-size-mb and --max-drop both choose the weights' bits; give one of them")
     flags = ("--weight-bits", "--act-bits")
-    for name, bits, searched in zip(flags, (weight_bits, activation_bits), settings.searched, strict=True):
+    found = settings.searches_layers, settings.searches_values
+    for name, bits, searched in zip(flags, (weight_bits, activation_bits), found, strict=True):
         if bits and searched:
             raise UserError(f"{name} is what the target of mixed precision chooses; leave out {name}")
-    if any(settings.searched):
+    if settings.searches:
         return {}, {}
     layers, values = bitsfile.read(settings.bits_file)
     if settings.symmetric and 1 in layers.values():
@@ -381,12 +391,12 @@ def label(settings: Settings) -> tracking.Labels:
 def evaluate(settings: Settings, shared: Shared, path: Path) -> Outcome:
     """Quantizes, packs to `path`, reads back, evaluates on the test images: one row."""
     point, subject, fp32 = point_of(settings), shared.subject, shared.fp32
-    if settings.mixed and not any(settings.searched):
+    if settings.mixed and not settings.searches:
         uniform = [bits not in ((), (32,)) for bits in (settings.weight_quant_bits, settings.activation_quant_bits)]
         parts = point.plan.layer_bits, point.plan.value_bits
         bitsfile.check_names(settings.bits_file, *parts, subject.network.ops, uniform)
     begun = time.perf_counter()
-    if any(settings.searched):
+    if settings.searches:
         point, quantized = search(settings, subject, fp32, point)
     elif point.weight_bits or point.activation_bits:
         with layer_bar(subject.network) as on_layer:
@@ -436,7 +446,7 @@ def search(settings: Settings, subject: Subject, fp32: Score, point: Point) -> t
         with tempfile.TemporaryDirectory() as folder:
             return save_packed(quantized, Path(folder) / "one", info, entropy=settings.entropy).total_bytes
 
-    if settings.searched[0]:
+    if settings.searches_layers:
         with layer_bar(network) as on_layer:
             table = allocation.sensitivities(network, images, plan, entropy=settings.entropy, on_layer=on_layer)
         bits, quantized, found = search_layers(settings, subject, table, build, size)

@@ -205,9 +205,10 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
     settings, recipe, state, device = run.settings, run.recipe, run.state, run.train.images.device
     best = checkpoint_so_far(run)
     forward = compiled(state.model, device) if settings.compile else state.model
-    criterion = run.tuning and qat.distillation(
-        run.tuning.teacher, settings.distill, recipe.label_smoothing, recipe.bf16, settings.compile
-    )
+    criterion = None
+    if run.tuning:
+        options = recipe.label_smoothing, recipe.bf16, settings.compile
+        criterion = qat.distillation(run.tuning.teacher, settings.distill, *options)
     with (
         open_log(log_path(settings), run.title, state.epoch if resumed else None) as log,
         signals_caught() as signals,
@@ -219,7 +220,7 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
         if bar.disable:
             print(COLUMNS, flush=True)
         try:
-            while best is None or state.step or training.progress(state, recipe, run.steps) < 1.0:
+            while unfinished(run, best):
                 training.train_epoch(state, run.train, recipe, run.normalization, forward, watch, criterion)
                 row = end_epoch(run, watch)
                 if row.test and (row.val is None or row.val.accuracy > state.best_accuracy):
@@ -240,6 +241,12 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
 
 
 # -------------------------------------------------------------------------------------------------- before the epochs
+
+
+def unfinished(run: Run, best: Checkpoint | None) -> bool:
+    """Whether an epoch is left; one more is trained where the run was cut within one, or its checkpoint is lost."""
+    state = run.state
+    return best is None or state.step > 0 or training.progress(state, run.recipe, run.steps) < 1.0
 
 
 def check_together(settings: Settings) -> None:
@@ -528,7 +535,9 @@ def save_best(run: Run, best: Checkpoint) -> None:
 
 def load_best(settings: Settings) -> Checkpoint:
     """What `save_best` wrote."""
-    return (qat.load if settings.qat else checkpoints.load)(settings.save_path)
+    if settings.qat:
+        return qat.load(settings.save_path)
+    return checkpoints.load(settings.save_path)
 
 
 def command(settings: Settings) -> str:
