@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from cli import from_mapping
-from errors import UserError
+from errors import UserError, reason
 from interrupts import Interrupted
 
 Settings = TypeVar("Settings")
@@ -114,11 +114,7 @@ def guarded(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        print(f"warning: W&B did not get {what}: {first_line(error)}", file=sys.stderr)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        print(f"warning: W&B did not get {what}: {reason(error)}", file=sys.stderr)
 
 
 def under_agent() -> bool:
@@ -190,7 +186,7 @@ def refuse(error: Exception) -> NoReturn:
     """Raises `UserError` with what W&B's error says, and advice where its kind allows some."""
     import wandb
 
-    text, advice = first_line(error), ""
+    text, advice = reason(error), ""
     if text.startswith(("Could not find", "Invalid path")):
         advice = " (check WANDB_ENTITY, WANDB_PROJECT and SWEEP_ID)"
     elif isinstance(error, wandb.errors.CommError) or "api key" in text.lower().replace("_", " "):

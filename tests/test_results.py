@@ -29,6 +29,7 @@ def test_names_of_any_bytes_are_kept(tmp_path):
     assert [r["checkpoint"] for r in results.read(path)] == [name] * 2
 
 
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b"x" * 200_000])
 def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "results.csv"
     path.write_bytes(content)
