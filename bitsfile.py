@@ -33,7 +33,9 @@ def read(path: Path) -> tuple[dict[str, int], dict[str, int]]:
 
     try:
         text = Path(path).read_text()
-        document, twice = yaml.safe_load(text), repeated(yaml.compose(text, yaml.SafeLoader))
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        document, twice = node and loader.construct_document(node), repeated(node)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--bits-file {path} cannot be read ({error}); make one with --target-size-mb") from None
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of a date that is none, of [[[[...

@@ -155,8 +155,7 @@ def quantize_network(
 ) -> QuantizedNetwork:
     """The quantized network; `images`: uint8 [N, 3, H, W], training images. `on_layer(name)` reports progress."""
     if plan.rounding == "reconstruct" or plan.tune:
-        held_out = count_held_out(len(images), plan.reconstruction)
-        rounding_images = images[:-held_out] if len(images) > 1 else images
+        rounding_images = images[: len(images) - count_held_out(len(images), plan.reconstruction)]
         network, plan = prepared(network, rounding_images, plan)
         if plan.rounding == "reconstruct":
             start = quantize_network(network, rounding_images, replace(plan, rounding="cd", tune=False))

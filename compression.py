@@ -34,7 +34,7 @@ import entropy as entropy_coder
 from data import Normalization
 from errors import UserError, reason
 from files import obstacle, write_bytes
-from models import Architecture, MobileNetV2
+from models import Architecture, skeleton
 from network import Op, operations, weighted
 from packing import pack_bits, packed_bytes, unpack_bits
 from quantization import BIAS_FRACTION_BITS, Grid, Layer, QuantizedNetwork
@@ -345,8 +345,7 @@ def from_blobs(
     normal = document["normalization"]
     normalization = Normalization(tuple(normal["mean"]), float(normal["std"]))
     ops, blobs = operations(architecture), Blobs(tensors)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in MobileNetV2(architecture).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in skeleton(architecture).state_dict().items()}
     layers = {}
     for op, form in zip(weighted(ops), formats, strict=True):
         shape = shapes[f"{op.name}.weight"]
@@ -412,8 +411,7 @@ def size_report(packed: Packed) -> SizeReport:
     size = {name: tensor.numel() * tensor.element_size() for name, tensor in blobs.items()}
     tables = size.get("tables", 0) + (4 * entropy_coder.LANES if "stream" in size else 0)
     header = packed.total_bytes - sum(size.values())
-    with torch.device("meta"):
-        trained = fp32_state_bytes(MobileNetV2(network.architecture).state_dict())
+    trained = fp32_state_bytes(skeleton(network.architecture).state_dict())
     for name, field in {"scales": "scale_bytes", "zero_points": "zero_point_bytes", "biases": "float_bytes"}.items():
         if name in packed.deflated:
             rows = shared_out(rows, field, size[name])

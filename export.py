@@ -6,9 +6,9 @@ examples:
 
 The model takes uint8 images [N, 3, 32, 32] as they are (`image`) and returns float32 `logits`; the normalisation is
 inside. Quantization is written as QDQ: QuantizeLinear and DequantizeLinear around floating-point operations (ONNX
-opset 21), which a runtime fuses into integer kernels. Codes, scales, zero-points and int32 biases are those of the
-packed file; a sum that stays in the accumulator here has no quantizer there either. Logits may differ in the last
-codes, for a fused kernel may round a tie the other way.
+opset 21), which a runtime fuses into integer kernels. Weights and grids are those of the packed file; a sum that stays
+in the accumulator here has no quantizer there either. Logits may differ in the last codes: integer kernels round biases
+more coarsely (`weight_and_bias`), and a tie may be rounded the other way.
 
 Weights are int8, one byte each, whatever their bits: code - zero_point fits, so that they need no zero-points and the
 fast kernels take them. Asymmetric 8-bit weights are the exception: they become uint8 with a zero-point per channel,
@@ -69,20 +69,17 @@ def main() -> int:
         raise UserError(f"--output is {output}, which is read here; give it another name")
     check_writable(output)
     network, info = load_packed(settings.packed)
-    classes = info.get("classes") or ()
-    model = to_onnx(network, settings.four_bit, {"classes": json.dumps(classes)})
+    model = to_onnx(network, settings.four_bit, {"classes": json.dumps(info.get("classes") or ())})
     write_bytes(output, model.SerializeToString(deterministic=True))
-    print(f"wrote {output}: {output.stat().st_size / 1e6:.3f} MB ({settings.packed} has {size_mb(settings.packed)})")
+    sizes = [path.stat().st_size / 1e6 for path in (output, settings.packed)]
+    print(f"wrote {output}: {sizes[0]:.3f} MB ({settings.packed} has {sizes[1]:.3f} MB)")
     if settings.data_dir or settings.dataset:
         folder = settings.data_dir or Path("data")
-        found = subjects.load_data(settings.dataset, folder, settings.packed, info["dataset"], tuple(classes))
+        _, classes, hint = subjects.origin(settings.packed, info)
+        found = subjects.load_data(settings.dataset, folder, settings.packed, hint, classes)
         print(f"here:        {measured(predictor(network), found.test)}")
         print(f"onnxruntime: {measured(in_onnxruntime(output), found.test)}")
     return 0
-
-
-def size_mb(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.3f} MB"
 
 
 def measured(forward: Callable[[Tensor], Tensor], test: data.Split) -> str:

@@ -28,6 +28,7 @@ from quantization import (
     QuantizedNetwork,
     fraction_factor,
     largest_pixel,
+    largest_sum,
     round_bias,
     round_scale,
 )
@@ -105,8 +106,7 @@ class LearnedNetwork(nn.Module):
         """The bias as integer execution adds it to sums of `codes`."""
         input_scale, end = self.input_grid(op)
         unit = scale * input_scale
-        largest = (codes.abs().flatten(1).sum(1) * end + (bias / unit).abs()).max()
-        unit = unit / fraction_factor(largest, self.start.bias_fraction_bits)
+        unit = unit / fraction_factor(largest_sum(codes, bias / unit, end), self.start.bias_fraction_bits)
         return (bias / unit).round() * unit
 
     def codes(self, name: str) -> Tensor:
@@ -136,7 +136,8 @@ class LearnedNetwork(nn.Module):
         source = self.sources[op.name]
         if source is None:
             return 1 / self.start.normalization.std, largest_pixel(self.start.normalization)
-        return self.value_scale(source).detach(), max(-self.value_ends[source.name][0], self.value_ends[source.name][1])
+        low, high = self.value_ends[source.name]
+        return self.value_scale(source).detach(), max(-low, high)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedNetwork:

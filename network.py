@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Normalization
-from models import Architecture, MobileNetV2
+from models import Architecture, MobileNetV2, skeleton
 
 INPUT = "input"  # the name of the image among the values
 Value = TypeVar("Value")
@@ -68,8 +68,7 @@ class Network:
 
 def operations(architecture: Architecture) -> tuple[Op, ...]:
     """The list of operations of an architecture; names are the parameter names of the convolutions."""
-    with torch.device("meta"):
-        model = MobileNetV2(architecture)
+    model = skeleton(architecture)
     ops: list[Op] = []
 
     def add_conv(name: str, relu6: bool, source: str) -> str:

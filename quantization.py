@@ -297,7 +297,7 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
             if layer.grid:  # exact integers
                 weight = weight.round()
                 most = highest.get(op.inputs[0], 0.0)  # 0: real numbers
-                sums = (weight.abs().flatten(1).sum(1) * most + bias.abs()).max()
+                sums = largest_sum(weight, bias, most)
                 shift = fraction_factor(sums, network.bias_fraction_bits)
                 weight, bias, layer_scale = weight * shift, (bias * shift).round(), layer_scale / shift
                 largest = float(sums * shift)
@@ -311,6 +311,12 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
         weight = weight.to(device, kind).contiguous(memory_format=layout)
         steps.append(Step(op, weight, bias.to(device, kind), factor, *ends, largest))
     return steps
+
+
+def largest_sum(codes: Tensor, bias: Tensor, end: float) -> Tensor:
+    """A bound, [], on every partial sum of a layer: integers `codes` [out, ...] times inputs up to `end`, and `bias`
+    [out] in units of the sums."""
+    return (codes.abs().flatten(1).sum(1) * end + bias.abs()).max()
 
 
 def fraction_factor(largest: Tensor, most: int) -> Tensor:

@@ -141,9 +141,9 @@ def whole_network(network: Network, start: QuantizedNetwork, images: Tensor, set
 
 
 def count_held_out(images: int, settings: Reconstruction) -> int:
-    """How many images, the last ones, decide what is kept. They must not have rounded the start either: it fits the
-    images that it was rounded on so well, at 2 bits, that nothing learned would ever beat it there."""
-    return max(1, round(images * settings.held_out))
+    """How many images, the last ones, decide what is kept; none of a single one. They must not have rounded the start
+    either: it fits the images that it was rounded on so well, at 2 bits, that nothing learned would ever beat it."""
+    return max(1, round(images * settings.held_out)) if images > 1 else 0
 
 
 def blocks(ops: Sequence[Op]) -> list[tuple[Op, ...]]:

@@ -6,8 +6,10 @@ is for reporting.
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import checkpoint as checkpoints
 import data
@@ -60,6 +62,19 @@ def default_checkpoint() -> Path:
     """The user's own checkpoint if there is one, else the bundled one."""
     own = Path("checkpoints/mnv2_fp32_best.pth")
     return own if os.path.exists(own) else checkpoints.DEFAULT_CHECKPOINT
+
+
+def origin(path: Path, info: Mapping[str, Any], *needed: str) -> tuple[dict[str, Any], tuple[str, ...], str]:
+    """(cells of results.csv, class names, name of the data set) in a packed file's header. UserError where these, or
+    one of the `needed` cells, are missing: neither test.py nor train.py wrote the file."""
+    try:
+        row, classes, dataset = dict(info["row"]), tuple(info["classes"]), info["dataset"]
+        missing = set(needed) - row.keys()
+    except (KeyError, TypeError, ValueError):
+        missing = {"row"}
+    if missing:
+        raise UserError(f"{path} was not written by test.py --save-packed; it does not name its classes")
+    return row, classes, dataset
 
 
 def load_data(name: str | None, data_dir: Path, model: Path, hint: str, classes: tuple[str, ...]) -> data.Dataset:

@@ -24,7 +24,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -376,7 +376,7 @@ def exceptions(
 def label(settings: Settings) -> tracking.Labels:
     """How W&B shows the run: w4a8-b128, grouped by checkpoint."""
     if settings.packed:
-        path, row = settings.packed, packed_row(settings.packed, load_packed(settings.packed)[1])
+        path, row = settings.packed, subjects.origin(settings.packed, load_packed(settings.packed)[1])[0]
         weight_bits, activation_bits, method = (row.get(name) for name in (*BITS_COLUMNS, "method"))
     else:
         path, point = settings.checkpoint or subjects.default_checkpoint(), point_of(settings)
@@ -509,10 +509,9 @@ def evaluate_packed(settings: Settings) -> Outcome:
         if given and (made or field.name in ("checkpoint", "save_packed")):
             raise UserError(f"--packed has weights, bits and method in the file; leave out {flag(field.name)}")
     network, info, seconds = unpacked(settings.packed)
-    known = packed_row(settings.packed, info)
+    known, classes, hint = subjects.origin(settings.packed, info, "test_acc_fp32")
     fp32 = known["test_acc_fp32"]
-    classes = tuple(info["classes"])
-    dataset = subjects.load_data(settings.dataset, settings.data_dir, settings.packed, info["dataset"], classes)
+    dataset = subjects.load_data(settings.dataset, settings.data_dir, settings.packed, hint, classes)
     if known.get("dataset_crc32", dataset.crc32) != dataset.crc32:
         print("note: the FP32 network was not measured on these images: no test_acc_fp32, no drop", file=sys.stderr)
         known["test_acc_fp32"] = fp32 = None
@@ -526,16 +525,6 @@ def evaluate_packed(settings: Settings) -> Outcome:
         | size_cells(sizes)
     )
     return Outcome(row, sizes, settings.packed, seconds)
-
-
-def packed_row(path: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """What a packed file's header knows of the row of results.csv. UserError where test.py did not write it."""
-    try:
-        row = dict(info["row"])
-        assert {"classes", "dataset"} <= info.keys() and "test_acc_fp32" in row
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
-        raise UserError(f"{path} was not written by test.py --save-packed; it does not name its classes") from None
-    return row
 
 
 def unpacked(path: Path) -> tuple[QuantizedNetwork, dict[str, Any], float]:
