@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import shlex
@@ -33,12 +32,13 @@ import checkpoint as checkpoints
 import data
 import pace
 import qat
+import runstate
 import tracking
 import training
 from allocator import keep_freed_memory
 from checkpoint import Checkpoint
 from cli import MOST_SEED, flag, option, parse, to_argv
-from errors import UserError, reason, run_main
+from errors import UserError, run_main
 from evaluation import Score, choose_device, normalized, score
 from files import check_writable, locked, same_file
 from interrupts import Interrupted, signals_caught
@@ -150,8 +150,6 @@ FREE |= {"log_wandb", "log_artifact"}
 QAT_ONLY = ("weight_quant_bits", "activation_quant_bits", "qat_lr", "distill")
 FP32_ONLY = ("lr", "momentum", "weight_decay", "width_mult", "dropout", "pretrained", "val_size")
 
-FINISHED_BYTES = 10_000  # the marker file of a finished run is smaller than this, a state with weights is larger
-
 
 @dataclass(frozen=True)
 class Run:
@@ -191,7 +189,7 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
     for path in (settings.save_path, resume_path(settings), log_path(settings)):
         check_writable(path)
     with locked(settings.save_path, wait=False):
-        saved = saved_state(settings) if settings.resume else None
+        saved = runstate.read(resume_path(settings), settings, FREE) if settings.resume else None
         if saved and saved["finished"]:
             return finished(settings)
         if not saved:
@@ -236,7 +234,7 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
         except Interrupted:
             save_state(run)
             raise
-    save_finished(settings)
+    runstate.save_finished(resume_path(settings), settings)
     return best
 
 
@@ -288,12 +286,7 @@ def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
 
 def check_free(settings: Settings) -> None:
     """UserError if this run would overwrite the checkpoint or state of an earlier one."""
-    path = resume_path(settings)
-    if path.exists() and path.stat().st_size > FINISHED_BYTES:
-        raise UserError(
-            f"{path} is the state of an interrupted run; add --resume to continue it, delete it, or give another "
-            "--save-path"
-        )
+    runstate.check_none(resume_path(settings))
     if settings.save_path.exists():
         raise UserError(f"{settings.save_path} already exists; give another --save-path, or delete it")
 
@@ -555,48 +548,12 @@ def command(settings: Settings) -> str:
 
 
 def resume_path(settings: Settings) -> Path:
-    return Path(f"{settings.save_path}.resume")
-
-
-def plain(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON knows them: paths are text, tuples are lists."""
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return runstate.path_beside(settings.save_path)
 
 
 def save_state(run: Run) -> None:
-    content = {
-        "settings": json.dumps(plain(run.settings)),
-        "finished": False,
-        "normalization": dataclasses.asdict(run.normalization),
-        "data": run.digest,
-        "title": run.title,
-        **training.to_dict(run.state),
-    }
-    checkpoints.write_torch(resume_path(run.settings), content)
-
-
-def save_finished(settings: Settings) -> None:
-    """Leaves a small file in the place of the state, so that --resume after the end does not begin again."""
-    checkpoints.write_torch(resume_path(settings), {"settings": json.dumps(plain(settings)), "finished": True})
-
-
-def saved_state(settings: Settings) -> dict[str, Any] | None:
-    """The saved state if there is one; UserError if it is damaged or of a run with other settings."""
-    path = resume_path(settings)
-    if not path.exists():
-        return None
-    try:
-        saved = {"finished": False, **torch.load(path, map_location="cpu", weights_only=True)}
-        theirs = {**plain(Settings()), **json.loads(saved["settings"])}
-    except Exception as error:
-        raise UserError(f"--resume: {path} cannot be read ({reason(error)}); delete it to start over") from None
-    for name, mine in plain(settings).items():
-        if name not in FREE and theirs[name] != mine:
-            raise UserError(
-                f"--resume: the run of {path} has {flag(name)} {theirs[name]}, not {mine}; "
-                f"give the same settings, delete {path} to start anew, or give another --save-path"
-            )
-    return saved
+    known = {"normalization": dataclasses.asdict(run.normalization), "data": run.digest, "title": run.title}
+    runstate.save(resume_path(run.settings), run.settings, run.state, known)
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
@@ -604,10 +561,7 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     path = resume_path(run.settings)
     if saved.get("data", run.digest) != run.digest:
         raise UserError(f"--resume: {path} belongs to other images than those in --data-dir {run.settings.data_dir}")
-    try:
-        training.restore(run.state, saved)
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"--resume: {path} does not fit ({reason(error)}); delete it to start over") from None
+    runstate.restore(path, run.state, saved)
 
 
 def checkpoint_so_far(run: Run) -> Checkpoint | None:

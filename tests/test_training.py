@@ -22,8 +22,10 @@ from torch import nn
 import checkpoint as checkpoints
 import data
 import pace
+import runstate
 import train
 import training
+from cli import flag
 from data import Augmentation, Normalization, Split
 from errors import UserError
 from evaluation import choose_device, normalized, score
@@ -169,11 +171,11 @@ def test_resume_says_what_does_not_fit(tmp_path, image_folder, monkeypatch, caps
         train.train(settings(image_folder, tmp_path, epochs=1))
     assert (tmp_path / "net.safetensors").read_bytes() == saved
 
-    monkeypatch.setattr(train, "save_finished", lambda _: None)
+    monkeypatch.setattr(runstate, "save_finished", lambda *_: None)
     (tmp_path / "net.safetensors").unlink()
     train.train(settings(image_folder, tmp_path, epochs=1))
     for name, value in (("lr", 0.1), ("batch_size", 5), ("ema_decay", 0.5), ("progressive_sizes", (8, 16))):
-        with pytest.raises(UserError, match=f"--resume: .*{train.flag(name)} "):
+        with pytest.raises(UserError, match=f"--resume: .*{flag(name)} "):
             train.train(settings(image_folder, tmp_path, **{"epochs": 1, name: value}, resume=True))
     with pytest.raises(UserError, match="--resume: .* belongs to other images"):
         pixels = data.load("folder", image_folder)
@@ -596,9 +598,9 @@ def test_a_run_that_is_over_gives_back_its_checkpoint_without_validation(image_f
     one = settings(image_folder, tmp_path, val_size=0, epochs=1)
     saved = tmp_path / "net.safetensors.resume"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_finished", lambda _: None)
+        patch.setattr(runstate, "save_finished", lambda *_: None)
         made = train.train(one)
-    assert saved.stat().st_size > train.FINISHED_BYTES
+    assert saved.stat().st_size > runstate.MARKER_BYTES
     again = train.train(dataclasses.replace(one, resume=True))
     assert again.metrics == made.metrics
 
