@@ -23,6 +23,7 @@ from quantization import (
     QuantizedNetwork,
     activation_grid,
     fake_quantize,
+    fitted_scale,
     float_network,
     quantize_layer,
     round_bias,
@@ -31,6 +32,7 @@ from quantization import (
 from reconstruction import Reconstruction, count_held_out, reconstruct, tune
 
 POSITIONS = 2**18  # output positions per layer used in the least squares; more take longer and change nothing
+SAMPLE = 2**16  # numbers of an activation that its scale is fitted to
 # Shrunken weight ranges that coordinate descent tries besides the whole one, by bits.
 SHARES = {1: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 3: (0.9, 0.8, 0.7, 0.6), 4: (0.9, 0.8)}
 
@@ -169,9 +171,8 @@ def quantize_network(
         layers={op.name: plain_layer(network, op, plan) for op in network.weighted},
         activations=grids,
     )
-    if plan.weight_bits and (plan.rounding != "nearest" or plan.bias_correction):
-        layers = round_layers(network, quantized, images, plan, on_layer)
-        quantized = replace(quantized, layers=layers)
+    if plan.rounding != "nearest" or plan.bias_correction:
+        quantized = round_layers(network, quantized, images, plan, on_layer)
     return quantized
 
 
@@ -218,9 +219,12 @@ def round_layers(
     images: Tensor,
     plan: Plan,
     on_layer: Callable[[str], None] = lambda name: None,
-) -> dict[str, Layer]:
-    """Every layer rounded by `plan.rounding`, in order, for the quantized inputs it will see and its FP32 results."""
-    layers = dict(start.layers)
+) -> QuantizedNetwork:
+    """`start` with every layer rounded by `plan.rounding`, in order, for the quantized inputs it will see and its FP32
+    results. Where ranges are those of least squared error, the scale of every activation is chosen again for what
+    arrives there."""
+    layers, grids = dict(start.layers), dict(start.activations)
+    generator = torch.Generator().manual_seed(0)
 
     def do(op: Op, inputs: list[Streams]) -> Streams:
         results, sums = [], None
@@ -235,17 +239,32 @@ def round_layers(
         if op.has_weight:
             layers[op.name] = round_layer(network, op, layers[op.name], sums, plan)
             on_layer(op.name)
-        layer, grid = layers.get(op.name), start.activations.get(op.name)
+        layer, grid = layers.get(op.name), grids.get(op.name)
         real = layer.weight if layer else None
-        quantized = []
-        for i in range(len(results)):
-            y = apply_float(op, [s.quantized[i] for s in inputs], real, layer and layer.bias)
-            quantized.append(fake_quantize(y, grid) if grid else y)
-        return Streams(results, quantized)
+        seen = [
+            apply_float(op, [s.quantized[i] for s in inputs], real, layer and layer.bias) for i in range(len(results))
+        ]
+        if grid and plan.act_range == "mse":
+            pairs = sampled_pairs(seen, results, SAMPLE, generator)
+            grid = grids[op.name] = fitted_scale(grid, *pairs, highest=6.0 if op.relu6 else math.inf)
+        return Streams(results, [fake_quantize(y, grid) if grid else y for y in seen])
 
     chunks = [network.normalization(images[i : i + CACHE_IMAGES]) for i in range(0, len(images), CACHE_IMAGES)]
     walk(network.ops, Streams(chunks, chunks), do)
-    return layers
+    return replace(start, layers=layers, activations=grids)
+
+
+def sampled_pairs(
+    seen: Sequence[Tensor], exact: Sequence[Tensor], count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """About `count` numbers of `seen`, and those of `exact` at the same places, drawn evenly from all chunks."""
+    share = min(1.0, count / sum(y.numel() for y in seen))
+    ours, theirs = [], []
+    for x, y in zip(seen, exact, strict=True):
+        picks = torch.randint(x.numel(), (max(1, round(share * x.numel())),), generator=generator)
+        ours.append(x.reshape(-1)[picks])
+        theirs.append(y.reshape(-1)[picks])
+    return torch.cat(ours), torch.cat(theirs)
 
 
 def run_observed(
@@ -270,14 +289,13 @@ def share_of_images(op: Op, y: Tensor, count: int) -> int:
 
 def round_layer(network: Network, op: Op, layer: Layer, sums: rounding.Moments, plan: Plan) -> Layer:
     """One layer's codes by the plan's method, and its bias, corrected where the plan says so."""
-    if layer.grid is None:
-        return layer
     codes, grid, weight, bias = layer.codes, layer.grid, network.weights[op.name], network.biases[op.name]
-    if plan.rounding != "nearest":
+    if grid and plan.rounding != "nearest":
         codes, grid = rounding.round_weight(
             weight, sums, grid, plan.rounding, plan.bias_correction, plan.symmetric, SHARES.get(grid.bits, ())
         )
     result = Layer(codes, grid, layer.bias)
     if plan.bias_correction:
-        result = replace(result, bias=round_bias(bias + rounding.bias_correction(result.weight, sums)))
+        bias = bias + rounding.bias_correction(result.weight, sums)
+        result = replace(result, bias=round_bias(bias) if grid else bias)
     return result

@@ -34,6 +34,9 @@ from torch import Tensor
 from network import INPUT, Network, Op, accumulated
 from quantization import shares
 
+# By bits: the step of a signed grid in the quantized network, as a share of the best step for exact numbers
+# (`quantization.fitted_scale`). With more bits a step is so small that the difference does not matter.
+NOISY_STEPS = {2: 0.8}
 SMALLEST = 1 / 16  # an almost silent channel is not amplified further, since its noise would be as well
 
 
@@ -131,7 +134,8 @@ def channel_offsets(network: Network, samples: Mapping[str, Tensor], bits: Mappi
     for op in network.ops[:-1]:
         if op.name in bits and not op.unsigned:
             sample = samples[op.name]
-            offsets[op.name] = sample.mean(1) - even_step(centred(sample), bits[op.name]) / 2
+            step = even_step(centred(sample), bits[op.name]) * NOISY_STEPS.get(bits[op.name], 1.0)
+            offsets[op.name] = sample.mean(1) - step / 2
     return offsets
 
 

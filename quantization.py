@@ -196,6 +196,20 @@ def least_squares_range(sample: Tensor, bits: int, low: float, high: float, step
     return best
 
 
+def fitted_scale(grid: Grid, seen: Tensor, exact: Tensor, highest: float, steps: int = 90) -> Grid:
+    """The grid with the scale that brings its values of `seen` closest to `exact`, in squared error.
+
+    seen, exact: [n], what a value is in the quantized network before it is moved to its grid, and in the FP32 network;
+    highest: where the grid must end at the latest. With few bits the best scale is well below that of the exact numbers
+    alone, 0.8 times at 2 bits: the farther out a number that carries the errors of earlier layers is, the more of it is
+    error. (For the same reason the best linear estimate from a noisy number shrinks it.)
+    """
+    scales = round_scale(grid.scale * torch.linspace(0.4, 1.3, steps + 1))
+    scales = [scale for scale in scales if float(scale) * (grid.highest - int(grid.zero_point)) <= highest]
+    grids = [replace(grid, scale=scale) for scale in [grid.scale, *scales]]
+    return min(grids, key=lambda one: float((fake_quantize(seen, one) - exact).square().sum()))
+
+
 # ---------------------------------------------------------------------------------------------- the quantized network
 
 

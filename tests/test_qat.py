@@ -11,6 +11,7 @@ from test_learned import assert_same, small_network, start_of
 import checkpoint as checkpoints
 import data
 import qat
+import runstate
 import test
 import train
 import training
@@ -159,4 +160,4 @@ def test_the_fp32_checkpoint_is_never_overwritten() -> None:
     settings = train.with_save_path(dataclasses.replace(train.Settings(), qat=True, weight_quant_bits=2))
     assert settings.save_path == Path("checkpoints/mnv2_w2a32_qat.safetensors")
     assert train.with_save_path(train.Settings()) == train.Settings()
-    json.dumps(train.plain(settings))
+    json.dumps(runstate.plain(settings))

@@ -90,6 +90,27 @@ def test_activation_ranges(unsigned):
     assert abs(float(top) - seen.high) < float(grids["minmax"].scale)
 
 
+@pytest.mark.parametrize(
+    ("low", "noise", "least", "most"), [(0, 0.0, 0.97, 1.03), (0, 0.4, 0.6, 0.9), (-3, 0.7, 0.6, 0.95)]
+)
+def test_a_fitted_scale_is_the_best_for_noisy_numbers(low, noise, least, most):
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(20000, generator=generator).clamp(min=low)
+    seen = (exact + noise * torch.randn(20000, generator=generator)).clamp(min=low)
+    grid = q.activation_grid(q.Observation(float(exact.min()), float(exact.max()), exact), 2, low == 0)
+
+    def error(scale):  # in numpy, of any scale
+        codes = np.clip(np.rint(seen.numpy() / scale), -int(grid.zero_point), 3 - int(grid.zero_point))
+        return float(((codes * scale - exact.numpy()) ** 2).sum())
+
+    fitted = q.fitted_scale(grid, seen, exact, np.inf)
+    scale = float(fitted.scale)
+    assert least < scale / float(grid.scale) < most and torch.equal(fitted.zero_point, grid.zero_point)
+    assert error(scale) < 1.002 * min(error(float(grid.scale) * share) for share in np.linspace(0.4, 1.4, 301))
+    louder = q.fitted_scale(grid, 2 * seen, 2 * exact, 3.1 * float(grid.scale))
+    assert float(grid.scale) < float(louder.scale) <= 3.1 / 3 * float(grid.scale) if low == 0 else True
+
+
 def quantized_network(weight_bits, activation_bits, width=0.1, **changes):
     network = fold_batch_norm(random_model(width), Normalization())
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
