@@ -2,7 +2,8 @@
 
 `quantize_network` takes FP32 `Network`, training images and a `Plan`, and returns a `QuantizedNetwork`. The plain
 method (min-max weights rounded to nearest) needs one look at the activations. The others walk the network once with two
-streams, FP32 values and quantized values, so that each layer is rounded for the inputs it will actually see.
+streams, FP32 values and quantized values, so that each layer is rounded for the inputs it will actually see, and the
+scale of an activation of few bits suits the numbers that will actually arrive.
 """
 
 import math
@@ -74,7 +75,9 @@ class Plan:
         return max(bits, self.edge_bits) if edge and self.edge_bits else bits
 
 
-FEW_BITS = 3  # weights or activations with at most this many: the first and last layers keep 8 bits
+# Weights or activations with at most this many: the first and last layers keep 8 bits. Activations alone: their scales
+# are fitted to what arrives (with more bits that brings nothing).
+FEW_BITS = 3
 EVEN_BITS = 4  # activations with at most this many: channels are equalized
 TUNE_BITS = 2  # if weights and activations both have at most this many: scales and biases are tuned
 METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
@@ -221,8 +224,8 @@ def round_layers(
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> QuantizedNetwork:
     """`start` with every layer rounded by `plan.rounding`, in order, for the quantized inputs it will see and its FP32
-    results. Where ranges are those of least squared error, the scale of every activation is chosen again for what
-    arrives there."""
+    results. Scales of activations of few bits are chosen again, for what arrives there, if the plan's ranges are those
+    of least squared error."""
     layers, grids = dict(start.layers), dict(start.activations)
     generator = torch.Generator().manual_seed(0)
 
@@ -244,7 +247,7 @@ def round_layers(
         seen = [
             apply_float(op, [s.quantized[i] for s in inputs], real, layer and layer.bias) for i in range(len(results))
         ]
-        if grid and plan.act_range == "mse":
+        if grid and grid.bits <= FEW_BITS and plan.act_range == "mse":
             pairs = sampled_pairs(seen, results, SAMPLE, generator)
             grid = grids[op.name] = fitted_scale(grid, *pairs, highest=6.0 if op.relu6 else math.inf)
         return Streams(results, [fake_quantize(y, grid) if grid else y for y in seen])

@@ -59,9 +59,11 @@ def folded(checkpoint: Checkpoint, path: Path) -> Network:
 
 
 def default_checkpoint() -> Path:
-    """The user's own checkpoint if there is one, else the bundled one."""
-    own = Path("checkpoints/mnv2_fp32_best.pth")
-    return own if os.path.exists(own) else checkpoints.DEFAULT_CHECKPOINT
+    """The user's own checkpoint if there is one, else the bundled one; a path as short as it can be, for tables."""
+    own, bundled, here = Path("checkpoints/mnv2_fp32_best.pth"), checkpoints.DEFAULT_CHECKPOINT, Path.cwd()
+    if os.path.exists(own):
+        return own
+    return bundled.relative_to(here) if bundled.is_relative_to(here) else bundled
 
 
 def origin(path: Path, info: Mapping[str, Any], *needed: str) -> tuple[dict[str, Any], tuple[str, ...], str]:

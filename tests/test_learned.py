@@ -30,7 +30,9 @@ def small_network(seed: int = 0) -> tuple[Network, torch.Tensor]:
 
 
 def start_of(network: Network, images: torch.Tensor, weights: int | None, values: int | None) -> QuantizedNetwork:
-    return quantize_network(network, images, Plan(weights, values, rounding="nearest", bias_correction=True))
+    """Ranges are min-max, so that there is something left to learn."""
+    plan = Plan(weights, values, rounding="nearest", bias_correction=True, act_range="minmax")
+    return quantize_network(network, images, plan)
 
 
 def assert_same(one: QuantizedNetwork, two: QuantizedNetwork) -> None:
