@@ -3,7 +3,7 @@
 `quantize_network` takes FP32 `Network`, training images and a `Plan`, and returns a `QuantizedNetwork`. The plain
 method (min-max weights rounded to nearest) needs one look at the activations. The others walk the network once with two
 streams, FP32 values and quantized values, so that each layer is rounded for the inputs it will actually see, and the
-scale of an activation of few bits suits the numbers that will actually arrive.
+scale of an activation of 2 bits suits the numbers that will actually arrive.
 """
 
 import math
@@ -75,10 +75,9 @@ class Plan:
         return max(bits, self.edge_bits) if edge and self.edge_bits else bits
 
 
-# Weights or activations with at most this many: the first and last layers keep 8 bits. Activations alone: their scales
-# are fitted to what arrives (with more bits that brings nothing).
-FEW_BITS = 3
+FEW_BITS = 3  # weights or activations with at most this many: the first and last layers keep 8 bits
 EVEN_BITS = 4  # activations with at most this many: channels are equalized
+ROUGH_BITS = 2  # activations with at most this many: their scales are fitted to what arrives (at 3 bits a loss)
 TUNE_BITS = 2  # if weights and activations both have at most this many: scales and biases are tuned
 METHODS = ("plain", "nearest", "gptq", "cd", "reconstruct")
 
@@ -224,8 +223,8 @@ def round_layers(
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> QuantizedNetwork:
     """`start` with every layer rounded by `plan.rounding`, in order, for the quantized inputs it will see and its FP32
-    results. Scales of activations of few bits are chosen again, for what arrives there, if the plan's ranges are those
-    of least squared error."""
+    results. Scales of activations of 2 bits are chosen again, for what arrives there, if the plan's ranges are those of
+    least squared error."""
     layers, grids = dict(start.layers), dict(start.activations)
     generator = torch.Generator().manual_seed(0)
 
@@ -247,7 +246,7 @@ def round_layers(
         seen = [
             apply_float(op, [s.quantized[i] for s in inputs], real, layer and layer.bias) for i in range(len(results))
         ]
-        if grid and grid.bits <= FEW_BITS and plan.act_range == "mse":
+        if grid and grid.bits <= ROUGH_BITS and plan.act_range == "mse":
             pairs = sampled_pairs(seen, results, SAMPLE, generator)
             grid = grids[op.name] = fitted_scale(grid, *pairs, highest=6.0 if op.relu6 else math.inf)
         return Streams(results, [fake_quantize(y, grid) if grid else y for y in seen])
