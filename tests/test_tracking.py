@@ -308,7 +308,7 @@ COMPUTES = (
     "files cli startup",
     "data",
     "network evaluation checkpoint training",
-    "quantization bitsfile subject traininglog",
+    "quantization bitsfile subject traininglog runstate",
     "equalization rounding learned",
     "reconstruction packing",
     "sizes",
