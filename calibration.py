@@ -173,7 +173,7 @@ def quantize_network(
         layers={op.name: plain_layer(network, op, plan) for op in network.weighted},
         activations=grids,
     )
-    if plan.rounding != "nearest" or plan.bias_correction:
+    if (plan.weight_bits or plan.activation_bits) and (plan.rounding != "nearest" or plan.bias_correction):
         quantized = round_layers(network, quantized, images, plan, on_layer)
     return quantized
 
@@ -230,16 +230,18 @@ def round_layers(
 
     def do(op: Op, inputs: list[Streams]) -> Streams:
         results, sums = [], None
+        changes = op.has_weight and (plan.bias_correction or layers[op.name].grid)
         for i in range(len(inputs[0].exact)):
             exact = [s.exact[i] for s in inputs]
-            if op.has_weight:
+            if changes:
                 y, part = run_observed(network, op, exact, inputs[0].quantized[i], len(images))
                 sums = part if sums is None else sums + part
             else:
                 y = run_float(network, op, exact)
             results.append(y)
-        if op.has_weight:
+        if changes:
             layers[op.name] = round_layer(network, op, layers[op.name], sums, plan)
+        if op.has_weight:
             on_layer(op.name)
         layer, grid = layers.get(op.name), grids.get(op.name)
         real = layer.weight if layer else None

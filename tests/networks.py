@@ -1,5 +1,7 @@
 """Small networks with lively batch norms, for the tests of what comes after training."""
 
+from collections.abc import Callable
+
 import torch
 
 from data import Normalization
@@ -34,12 +36,15 @@ def largest_sum(network: QuantizedNetwork) -> float:
     return max(step.largest for step in prepare(network))
 
 
-def fake_forward(network: QuantizedNetwork, images: torch.Tensor) -> torch.Tensor:
-    """The network in floating point with fake quantization, as in textbooks."""
+def fake_forward(
+    network: QuantizedNetwork, images: torch.Tensor, see: Callable[[Op, torch.Tensor], None] = lambda op, y: None
+) -> torch.Tensor:
+    """The network in floating point with fake quantization, as in textbooks. see(op, its result before its grid)."""
 
     def do(op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         layer = network.layers.get(op.name)
         y = apply_float(op, inputs, layer and layer.weight, layer and layer.bias)
+        see(op, y)
         grid = network.activations.get(op.name)
         return fake_quantize(y, grid) if grid else y
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from networks import random_model
+from networks import fake_forward, random_model
 
 from calibration import METHODS, Plan, method_plan, observe, quantize_network
 from data import Normalization
-from network import INPUT, apply_float, fold_batch_norm, forward, fused_operations, run_float, walk
-from quantization import fake_quantize, predictor
+from network import INPUT, fold_batch_norm, forward, fused_operations, run_float, walk
+from quantization import fake_quantize, float_network, predictor
 from reconstruction import Reconstruction
 
 
@@ -87,29 +87,15 @@ def test_scales_of_activations_are_fitted_to_what_arrives(case, weight_bits):
     errors = [float((predictor(one)(images) - expected).square().mean()) for one in (quantized, observed)]
     assert errors[0] < errors[1]
     exact = {}
+    fake_forward(float_network(network), calibration, lambda op, y: exact.update({op.name: y}))
 
-    def do(op, inputs):
-        y = run_float(network, op, inputs)
-        exact[op.name] = y
-        return y
+    def check(op, y):
+        if grid := quantized.activations.get(op.name):
+            grids = [dataclasses.replace(grid, scale=grid.scale * share) for share in (1.0, 0.85, 1.15)]
+            error = [float((fake_quantize(y, one) - exact[op.name]).square().sum()) for one in grids]
+            assert error[0] <= min(error) * 1.01  # they were chosen on a sample
 
-    walk(network.ops, network.normalization(calibration), do)
-
-    def check(op, inputs):
-        layer, grid = quantized.layers.get(op.name), quantized.activations.get(op.name)
-        y = apply_float(op, inputs, layer and layer.weight, layer and layer.bias)
-        if grid is None:
-            return y
-        error = [
-            float(
-                (fake_quantize(y, dataclasses.replace(grid, scale=grid.scale * share)) - exact[op.name]).square().sum()
-            )
-            for share in (1.0, 0.85, 1.15)
-        ]
-        assert error[0] <= min(error) * 1.01  # they were chosen on a sample
-        return fake_quantize(y, grid)
-
-    walk(network.ops, network.normalization(calibration), check)
+    fake_forward(quantized, calibration, check)
 
 
 def test_biases_are_corrected_where_only_activations_are_quantized(case):

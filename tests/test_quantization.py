@@ -108,7 +108,7 @@ def test_a_fitted_scale_is_the_best_for_noisy_numbers(low, noise, least, most):
     assert least < scale / float(grid.scale) < most and torch.equal(fitted.zero_point, grid.zero_point)
     assert error(scale) < 1.002 * min(error(float(grid.scale) * share) for share in np.linspace(0.4, 1.4, 301))
     louder = q.fitted_scale(grid, 2 * seen, 2 * exact, 3.1 * float(grid.scale))
-    assert float(grid.scale) < float(louder.scale) <= 3.1 / 3 * float(grid.scale) if low == 0 else True
+    assert float(grid.scale) < float(louder.scale) <= 3.1 / (3 - int(grid.zero_point)) * float(grid.scale)
 
 
 def quantized_network(weight_bits, activation_bits, width=0.1, **changes):
