@@ -100,7 +100,8 @@ def first_tuning(
 def start(tuning: FineTuning, recipe: Recipe, device: torch.device) -> State:
     """The state before the first step: that of training.py, with Adam over all parameters."""
     state = training.start(tuning.model, recipe, device)
-    optimizer = torch.optim.Adam(tuning.model.parameters(), recipe.lr, fused=device.type in training.FUSED)
+    kinds = {"fused": device.type in training.FUSED, "capturable": device.type == "cuda"}  # recording.py records it
+    optimizer = torch.optim.Adam(tuning.model.parameters(), recipe.lr, **kinds)
     return dataclasses.replace(state, optimizer=optimizer)
 
 
@@ -109,8 +110,7 @@ def distillation(
 ) -> training.Loss:
     """The loss of (logits, normalised images, labels) in nats, with `network`, on their device, as the teacher.
 
-    bf16: the teacher runs in bfloat16 autocast; compiled: through torch.compile, without CUDA graphs, whose memory
-    would be shared with the student's.
+    bf16: the teacher runs in bfloat16 autocast; compiled: through torch.compile.
     """
 
     def answer(x: Tensor) -> Tensor:

@@ -125,9 +125,7 @@ class Settings:
 
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: the best there is)", group="machine")
     bf16: bool | None = option(None, "bfloat16 autocast (default: on CUDA)", group="machine")
-    compile: bool = option(
-        False, "torch.compile the network (with CUDA graphs on CUDA); adds a minute at the start", group="machine"
-    )
+    compile: bool = option(False, "torch.compile the network; adds a minute at the start", group="machine")
     save_path: Path = option(
         Path("checkpoints/mnv2_fp32_best.pth"), "where the best checkpoint goes; .safetensors or .pth", group="files"
     )
@@ -200,13 +198,14 @@ def train(settings: Settings, on_epoch: Callable[[Epoch], None] = lambda _: None
 
 def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> Checkpoint:
     """All epochs of the run, or those that are left of it where it is `resumed`."""
-    settings, recipe, state, device = run.settings, run.recipe, run.state, run.train.images.device
+    settings, recipe, state = run.settings, run.recipe, run.state
     best = checkpoint_so_far(run)
-    forward = compiled(state.model, device) if settings.compile else state.model
+    forward = compiled(state.model) if settings.compile else state.model
     criterion = None
     if run.tuning:
         options = recipe.label_smoothing, recipe.bf16, settings.compile
         criterion = qat.distillation(run.tuning.teacher, settings.distill, *options)
+    step = training.stepper(state, run.train, recipe, run.normalization, forward, criterion)
     with (
         open_log(log_path(settings), run.title, state.epoch if resumed else None) as log,
         signals_caught() as signals,
@@ -219,7 +218,7 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
             print(COLUMNS, flush=True)
         try:
             while unfinished(run, best):
-                training.train_epoch(state, run.train, recipe, run.normalization, forward, watch, criterion)
+                training.train_epoch(state, run.train, recipe, step, watch)
                 row = end_epoch(run, watch)
                 if row.test and (row.val is None or row.val.accuracy > state.best_accuracy):
                     state.best_accuracy = row.val.accuracy if row.val else math.nan
@@ -411,9 +410,9 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"--compile needs a compiler, and there is no {names[0]}; install it, or leave out --compile")
 
 
-def compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The network through torch.compile; with CUDA graphs on CUDA, where launching kernels is most of a step's time."""
-    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The network through torch.compile, for fixed shapes."""
+    return torch.compile(model, dynamic=False)
 
 
 # ---------------------------------------------------------------------------------------------------- in every epoch

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Augmentation, Normalization, Split, augment, epoch_draws
+from recording import Step, recorded, set_rate
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, normalised images, labels) → mean over the batch
 
@@ -169,19 +170,48 @@ def image_size(done: float, recipe: Recipe, full: int) -> int:
     return sizes[min(int(done * len(sizes)), len(sizes) - 1)]
 
 
-def train_epoch(
+def stepper(
     state: State,
     train: Split,
     recipe: Recipe,
     normalization: Normalization,
     forward: Callable[[Tensor], Tensor],
-    on_step: Callable[[], None],
     criterion: Loss | None = None,
-) -> None:
-    """Trains to the end of the epoch, or of `max_minutes`. `train` lies on the device.
+) -> Step:
+    """A step as a function of (picks [B] of the images of `train`, draws [B, 5], image size): it moves the weights and
+    the sums of `state`. On CUDA it is replayed from a recording (recording.py).
 
-    forward: `state.model` or its compiled form. `on_step()` is called after every step; if it raises, the epoch stops
-    there in a state that can be saved and resumed. criterion: the loss; None: cross-entropy with label smoothing.
+    forward: `state.model` or its compiled form. criterion: the loss; None: cross-entropy with label smoothing.
+    """
+    device = train.images.device
+
+    def step(picks: Tensor, draws: Tensor, size: int) -> None:
+        batch = train[picks]
+        x = augment(batch.images, recipe.augmentation, normalization, draws)
+        if size != x.shape[-1]:
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+            logits = forward(x)
+        if criterion:
+            loss = criterion(logits.float(), x, batch.labels)
+        else:
+            loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.optimizer.step()
+        with torch.no_grad():
+            state.sums[0] += loss.detach() * len(batch)
+            state.sums[1] += (logits.argmax(1) == batch.labels).sum()
+
+    return recorded(step, state.optimizer) if device.type == "cuda" else step
+
+
+def train_epoch(state: State, train: Split, recipe: Recipe, step: Step, on_step: Callable[[], None]) -> None:
+    """Trains to the end of the epoch, or of `max_minutes`. `train` lies on the device; step: from `stepper`.
+
+    `on_step()` is called after every step; if it raises, the epoch stops there in a state that can be saved and
+    resumed.
     """
     device = train.images.device
     order, draws = epoch_draws(len(train), recipe.seed, state.epoch, device)
@@ -198,29 +228,11 @@ def train_epoch(
 
     while not epoch_over(state, recipe, steps):
         done = progress(state, recipe, steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(done, recipe)
+        set_rate(state.optimizer, learning_rate(done, recipe))
         picks = slice(state.step * recipe.batch_size, (state.step + 1) * recipe.batch_size)
-        batch = train[order[picks]]
-        x = augment(batch.images, recipe.augmentation, normalization, draws[picks])
-        size = image_size(done, recipe, x.shape[-1])
-        if size != x.shape[-1]:
-            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-            x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-            logits = forward(x)
-        if criterion:
-            loss = criterion(logits.float(), x, batch.labels)
-        else:
-            loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
-        state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        state.optimizer.step()
-        with torch.no_grad():
-            state.sums[0] += loss.detach() * len(batch)
-            state.sums[1] += (logits.argmax(1) == batch.labels).sum()
-            if pairs is not None:
-                update_average(pairs, recipe.ema_decay, state.epoch * steps + state.step)
+        step(order[picks], draws[picks], image_size(done, recipe, train.images.shape[-1]))
+        if pairs is not None:
+            update_average(pairs, recipe.ema_decay, state.epoch * steps + state.step)
         state.step += 1
         count_time()
         on_step()
@@ -239,6 +251,7 @@ def average_pairs(average: nn.Module, model: nn.Module) -> list[tuple[Tensor, Te
     return [(mine[name], theirs[name]) for name in mine if mine[name].is_floating_point()]
 
 
+@torch.no_grad()
 def update_average(pairs: list[tuple[Tensor, Tensor]], decay: float, step: int) -> None:
     """Exponential moving average; the decay of the first steps is (1 + step) / (10 + step)."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
@@ -280,8 +293,10 @@ def restore(state: State, saved: dict[str, Any]) -> None:
     state.model.load_state_dict(saved["model"])
     if state.average is not None:
         state.average.load_state_dict(saved["average"])
-    fused = state.optimizer.defaults["fused"]  # this device's, not the one's where the state was saved
-    groups = [{**group, "fused": fused} for group in saved["optimizer"]["param_groups"]]
+    # This device's, not the one's where the state was saved.
+    own = state.optimizer.defaults
+    kinds = {name: own[name] for name in ("fused", "capturable") if name in own}
+    groups = [{**group, **kinds} for group in saved["optimizer"]["param_groups"]]
     state.optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
     for name, value in saved["numbers"].items():
         setattr(state, name, value)

@@ -1,14 +1,14 @@
 """Training speed: this repository's training step against a plain DataLoader recipe, alternating within one run.
 
-Ours: the images lie on the device, augmentation works on whole tensors, channels_last; on CUDA bfloat16, fused SGD
-and, with --compile, torch.compile with CUDA graphs; on a CPU in FP32 and, with --bf16, in bfloat16 too. Plain:
-torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on PIL images, a DataLoader with worker
-processes, contiguous FP32, no compile. Same network, loss and batch size, and the same allocator (allocator.py);
-random images, since speed does not depend on what they show. With --qat also the step of train.py --qat at 2/2, the
-FP32 network as its teacher. On CUDA it also states a floor: the bytes that a step's convolutions and norms must move,
-over the copy bandwidth measured here.
+Ours: the images lie on the device, augmentation works on whole tensors, channels_last; on CUDA bfloat16, fused SGD and
+a step recorded as a CUDA graph (with --compile, of torch.compile's kernels); on a CPU in FP32 and, with --bf16, in
+bfloat16 too. Plain: torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize on PIL images, a DataLoader
+with worker processes, contiguous FP32, no compile. Same network, loss and batch size, and the same allocator
+(allocator.py); random images, since speed does not depend on what they show. With --qat also the step of train.py --qat
+at 2/2, the FP32 network as its teacher. On CUDA it also states a floor: the bytes that a step's convolutions and norms
+must move, over the copy bandwidth measured here.
 
-python benchmarks/train_speed.py                                         on CUDA: width 1.0, batch 128
+python benchmarks/train_speed.py --compile --steps 100 --rounds 3        on CUDA: width 1.0, batch 128
 python benchmarks/train_speed.py --width-mult 0.35 --steps 5 --rounds 3  on a CPU: a minute
 python benchmarks/train_speed.py --steps 3 --rounds 5 --bf16             on a CPU with bfloat16 units
 python benchmarks/train_speed.py --steps 3 --batch-size 64 --bf16 --qat  the same for fine-tuning; --compile: minutes
@@ -74,10 +74,12 @@ def our_steps(settings: Settings, device: torch.device, bf16: bool, tuned: bool)
     else:
         state = training.start(model, recipe, device)
     split = split.to(device)
-    forward = train.compiled(state.model, device) if settings.compile else state.model
+    forward = train.compiled(state.model) if settings.compile else state.model
+
+    step = training.stepper(state, split, recipe, Normalization(), forward, criterion)
 
     def run() -> float:
-        training.train_epoch(state, split, recipe, Normalization(), forward, lambda: None, criterion)
+        training.train_epoch(state, split, recipe, step, lambda: None)
         speed = images / state.epoch_seconds
         training.next_epoch(state)
         return speed

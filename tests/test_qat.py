@@ -19,7 +19,7 @@ from compression import load_packed
 from evaluation import score
 from learned import LearnedNetwork
 from models import Architecture, MobileNetV2
-from network import forward
+from network import forward, to_device
 from quantization import predictor
 
 RECIPE = training.Recipe(epochs=10, batch_size=8, lr=0.01, warmup_epochs=0, augmentation=data.Augmentation(0, False))
@@ -40,16 +40,22 @@ def arguments(fp32: Path, image_folder: Path, path: Path, epochs: int = 2) -> li
     return [*text.split(), *more.split()]
 
 
-def test_training_at_two_bits_lowers_the_loss() -> None:
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: records a step as a CUDA graph")
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_training_at_two_bits_lowers_the_loss(kind: str) -> None:
+    device = torch.device(kind)
     network, images = small_network()
     labels = forward(network, images).argmax(1)
     model = LearnedNetwork(network, start_of(network, images, 2, 2))
-    tuning = qat.FineTuning(network, model, data.Split(images, labels), data.Split(images[:0], labels[:0]), 0, {})
-    state = qat.start(tuning, RECIPE, torch.device("cpu"))
-    criterion = qat.distillation(network, 1.0, 0.0)
+    teacher, split = to_device(network, device), data.Split(images, labels).to(device)
+    state = qat.start(qat.FineTuning(teacher, model, split, split[slice(0)], 0, {}), RECIPE, device)
+    criterion = qat.distillation(teacher, 1.0, 0.0)
+    step = training.stepper(state, split, RECIPE, network.normalization, state.model, criterion)
     losses = []
     for _ in range(RECIPE.epochs):
-        training.train_epoch(state, tuning.train, RECIPE, network.normalization, state.model, lambda: None, criterion)
+        training.train_epoch(state, split, RECIPE, step, lambda: None)
         losses.append(training.epoch_means(state, len(images))[0])
         training.next_epoch(state)
     assert losses[-1] < 0.7 * losses[0]

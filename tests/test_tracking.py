@@ -304,7 +304,7 @@ def test_sigterm_unwinds_a_program_without_a_run(monkeypatch):
 
 # A module imports only what stands above its line. Above the rule: what computes, with nothing of reports and tracking.
 COMPUTES = (
-    "errors interrupts entropy vision models allocator pace",
+    "errors interrupts entropy vision models allocator pace recording",
     "files cli startup",
     "data",
     "network evaluation checkpoint training",

@@ -22,6 +22,7 @@ from torch import nn
 import checkpoint as checkpoints
 import data
 import pace
+import recording
 import runstate
 import train
 import training
@@ -447,7 +448,8 @@ def test_one_step_is_pytorchs_sgd_by_hand():
     hand = copy.deepcopy(model).double().train()
     model = model.double()  # batch norm over 6 values magnifies rounding
     state = training.start(model, recipe, torch.device("cpu"))
-    training.train_epoch(state, split, recipe, Normalization(), lambda x: model(x.double()), lambda: None)
+    step = training.stepper(state, split, recipe, Normalization(), lambda x: model(x.double()))
+    training.train_epoch(state, split, recipe, step, lambda: None)
 
     order, _ = data.epoch_draws(6, recipe.seed, 0, "cpu")
     x = (split.images[order].double() - torch.tensor([125.0, 123, 114]).view(1, 3, 1, 1)) / 64
@@ -524,21 +526,54 @@ def test_relu6_on_bits_is_relu6():
     assert not training.all_finite(training.start(model, Recipe(), torch.device("cpu")))
 
 
-def test_no_step_waits_for_the_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs CUDA: asks it to refuse every synchronisation within a step")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: records a step as a CUDA graph")
+STEPS = 8  # of the two runs below: some before the recording, most from it
+
+
+def cuda_run(**changes):
+    """(state, images on the device, recipe) before the first of `STEPS` steps of a small network."""
     device = choose_device("cuda")
-    recipe = Recipe(epochs=1, batch_size=8, ema_decay=0.9, augmentation=Augmentation(4, True, 8), bf16=True)
-    split = Split(torch.zeros(32, 3, 32, 32, dtype=torch.uint8), torch.zeros(32, dtype=torch.int64)).to(device)
-    state = training.start(MobileNetV2(Architecture(10, 0.1)), recipe, device)
+    recipe = Recipe(epochs=1, batch_size=8, ema_decay=0.9, augmentation=Augmentation(4, True, 8), **changes)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8 * STEPS, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    split = Split(images, torch.randint(0, 10, (8 * STEPS,), generator=generator)).to(device)
+    torch.manual_seed(0)
+    model = MobileNetV2(Architecture(10, 0.1))
+    return training.start(model if changes.get("bf16") else model.double(), recipe, device), split, recipe
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recorded_step_trains_like_an_ordinary_one(compiled, monkeypatch):
+    """Oracle: the same steps without a recording, in float64 and at a low rate, for an untrained network magnifies
+    rounding (of the rate, which is a float32 in the recording); the rate changes at each step."""
+    ends = []
+    for record in (True, False):
+        if not record:
+            monkeypatch.setattr(training, "recorded", lambda step, optimizer: step)
+        state, split, recipe = cuda_run(lr=0.002, warmup_epochs=0.5)
+        network = torch.compile(state.model, dynamic=False) if compiled else state.model
+        step = training.stepper(state, split, recipe, Normalization(), lambda x, f=network: f(x.double()))
+        training.train_epoch(state, split, recipe, step, lambda: None)
+        weights = torch.cat([p.detach().flatten() for p in state.model.state_dict().values() if p.ndim])
+        ends.append((weights, state.sums.clone(), torch.cat([p.flatten() for p in state.average.parameters()])))
+    for recorded, ordinary in zip(*ends, strict=True):
+        torch.testing.assert_close(recorded, ordinary, rtol=1e-3, atol=1e-5)
+
+
+@needs_cuda
+def test_no_step_waits_for_the_gpu():
+    state, split, recipe = cuda_run(bf16=True)
     seen = []
 
-    def strict() -> None:  # from the first step's end to the last step's
+    def strict() -> None:  # from the end of the step that was recorded to the last step's
         seen.append(state.step)
-        torch.cuda.set_sync_debug_mode("error" if state.step < 4 else "default")
+        inside = recording.WARM_UP <= state.step < STEPS
+        torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
-    training.train_epoch(state, split, recipe, Normalization(), state.model, strict)
-    assert seen == [1, 2, 3, 4]
+    step = training.stepper(state, split, recipe, Normalization(), state.model)
+    training.train_epoch(state, split, recipe, step, strict)
+    assert seen == list(range(1, STEPS + 1))
 
 
 # -------------------------------------------------------------------------------------------------- time left, log
