@@ -32,10 +32,10 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-import allocation
 import bitsfile
 import checkpoint as checkpoints
 import data
+import mixed
 import results
 import subject as subjects
 import tracking
@@ -46,7 +46,8 @@ from compression import load_packed, packed_sizes, save_packed
 from errors import UserError, run_main
 from evaluation import Score, choose_device, score
 from files import check_writable, same_file
-from network import Network, value_sizes
+from mixed import Target
+from network import Network
 from quantization import ACTIVATION_RANGES, WEIGHT_RANGES, QuantizedNetwork, float_network, predictor
 from sizes import SizeReport
 from subject import Subject
@@ -169,18 +170,13 @@ class Settings:
         return self.weight_per_channel and not self.weight_per_tensor
 
     @property
-    def searches_layers(self) -> bool:
-        """Whether the bits of the layers are to be found."""
-        return bool(self.target_size_mb) or self.max_drop is not None
-
-    @property
-    def searches_values(self) -> bool:
-        """Whether the bits of the activations are to be found."""
-        return bool(self.target_activation_bits)
+    def target(self) -> Target:
+        return Target(self.target_size_mb, self.max_drop, self.target_activation_bits)
 
     @property
     def searches(self) -> bool:
-        return self.searches_layers or self.searches_values
+        """Whether bits are to be found."""
+        return self.target.layers or self.target.values
 
     @property
     def mixed(self) -> bool:
@@ -336,9 +332,9 @@ def point_of(settings: Settings) -> Point:
         raise UserError("a sweep run takes a single bit width, not a list; let the sweep define the grid")
     weight_bits, activation_bits = (None if b[0] == 32 else b[0] for b in bits)
     layers, values = exceptions(settings, weight_bits, activation_bits) if settings.mixed else ({}, {})
-    if layers or settings.searches_layers:
+    if layers or settings.target.layers:
         weight_bits = weight_bits or max(MIXED_BITS[0], min(layers.values(), default=0))
-    if values or settings.searches_values:
+    if values or settings.target.values:
         activation_bits = activation_bits or max(MIXED_BITS[1], min(values.values(), default=0))
     if settings.rounding == "reconstruct" and settings.tune is not None:
         raise UserError("--rounding reconstruct always tunes last; leave out --tune and --no-tune")
@@ -361,7 +357,7 @@ def exceptions(
     if settings.target_size_mb and settings.max_drop is not None:
         raise UserError("--target-size-mb and --max-drop both choose the weights' bits; give one of them")
     flags = ("--weight-bits", "--act-bits")
-    found = settings.searches_layers, settings.searches_values
+    found = settings.target.layers, settings.target.values
     for name, bits, searched in zip(flags, (weight_bits, activation_bits), found, strict=True):
         if bits and searched:
             raise UserError(f"{name} is what the target of mixed precision chooses; leave out {name}")
@@ -397,7 +393,7 @@ def evaluate(settings: Settings, shared: Shared, path: Path) -> Outcome:
         bitsfile.check_names(settings.bits_file, *parts, subject.network.ops, uniform)
     begun = time.perf_counter()
     if settings.searches:
-        point, quantized = search(settings, subject, fp32, point)
+        point, quantized = searched(settings, subject, fp32, point)
     elif point.weight_bits or point.activation_bits:
         with layer_bar(subject.network) as on_layer:
             quantized = quantize_network(subject.network, calibration(settings, subject), point.plan, on_layer)
@@ -428,77 +424,32 @@ def described(settings: Settings, subject: Subject, fp32: Score, point: Point) -
     return {"row": row, "classes": subject.checkpoint.classes, "dataset": subject.checkpoint.dataset}
 
 
-def search(settings: Settings, subject: Subject, fp32: Score, point: Point) -> tuple[Point, QuantizedNetwork]:
-    """Mixed precision: the plan with the bits found, and the network quantized so; --bits-file is written."""
-    network, images, plan = subject.network, calibration(settings, subject), point.plan
-    notes = [f"Bits of each layer and value, by test.py; method {point.method}, checkpoint {subject.hash}."]
-    if settings.target_activation_bits:
-        plan = allocation.with_value_bits(network, images, plan, settings.target_activation_bits)
-        mean = allocation.mean_bits(plan.value_bits, value_sizes(network.ops, network.weights))
-        notes.append(f"Values: {mean:.2f} bits an element.")
-
-    def build(bits: dict[str, int]) -> QuantizedNetwork:
-        with layer_bar(network) as on_layer:
-            return quantize_network(network, images, dataclasses.replace(plan, layer_bits=bits), on_layer)
+def searched(settings: Settings, subject: Subject, fp32: Score, point: Point) -> tuple[Point, QuantizedNetwork]:
+    """Mixed precision: the point with the plan that was found, and the network quantized so; --bits-file is written."""
+    device = choose_device(settings.device)
 
     def size(quantized: QuantizedNetwork) -> int:
         info = described(settings, subject, fp32, with_mean_bits(point, quantized))
         with tempfile.TemporaryDirectory() as folder:
             return save_packed(quantized, Path(folder) / "one", info, entropy=settings.entropy).total_bytes
 
-    if settings.searches_layers:
-        with layer_bar(network) as on_layer:
-            table = allocation.sensitivities(network, images, plan, entropy=settings.entropy, on_layer=on_layer)
-        bits, quantized, found = search_layers(settings, subject, table, build, size)
-        plan = dataclasses.replace(plan, layer_bits=bits)
-        notes += [*found, f"Packed file: {size(quantized)} bytes."]
-    else:
-        quantized = build({})
-    if settings.bits_file:
-        bitsfile.write(settings.bits_file, plan.layer_bits, plan.value_bits, notes)
-    return dataclasses.replace(point, plan=plan), quantized
+    def validate(quantized: QuantizedNetwork) -> Score:
+        return score(predictor(quantized, device), subject.validation, settings.batch_size, device)
 
-
-def search_layers(
-    settings: Settings,
-    subject: Subject,
-    table: allocation.Table,
-    build: allocation.Build,
-    size: Callable[[QuantizedNetwork], int],
-) -> tuple[dict[str, int], QuantizedNetwork, list[str]]:
-    """(bits of every layer, the network with them, notes), by --target-size-mb or --max-drop."""
-    if settings.target_size_mb:
-        return *allocation.fit_size(subject.network, table, int(settings.target_size_mb * 1e6), build, size), []
-    device = choose_device(settings.device)
-    if not len(subject.validation):
+    if settings.max_drop is not None and not len(subject.validation):
         raise UserError("--max-drop needs images to choose on, and these training images are fewer than ten")
-
-    def accuracy(quantized: QuantizedNetwork) -> float:
-        return score(predictor(quantized, device), subject.validation, settings.batch_size, device).accuracy
-
-    highest = accuracy(float_network(subject.network))
-
-    def drop(quantized: QuantizedNetwork) -> float:
-        lost = highest - accuracy(quantized)
-        tqdm.write(f"{size(quantized) / 1e6:.3f} MB: drop {lost:.2f} on validation", file=sys.stderr)
-        return lost
-
-    bits, quantized, lost = allocation.smallest_within(table, settings.max_drop, build, drop)
-    return bits, quantized, [f"Drop {lost:.2f} points on {len(subject.validation)} validation images."]
+    images, measures = calibration(settings, subject), mixed.Measures(size, validate, settings.entropy)
+    found = mixed.search(subject.network, images, point.plan, settings.target, measures, layer_bar)
+    if settings.bits_file:
+        title = f"Bits of each layer and value, by test.py; method {point.method}, checkpoint {subject.hash}."
+        bitsfile.write(settings.bits_file, found.plan.layer_bits, found.plan.value_bits, [title, *found.notes])
+    return dataclasses.replace(point, plan=found.plan), found.network
 
 
 def with_mean_bits(point: Point, quantized: QuantizedNetwork) -> Point:
     """The point with the bits an element that the network has."""
-    weights = {name: layer.codes for name, layer in quantized.layers.items()}
-    elements = value_sizes(quantized.ops, weights)
-    means = []
-    for grids, sizes in (
-        ({name: layer.grid for name, layer in quantized.layers.items()}, {n: w.numel() for n, w in weights.items()}),
-        (quantized.activations, elements),
-    ):
-        bits = {name: grid.bits for name, grid in grids.items() if grid}
-        means.append(round(allocation.mean_bits(bits, sizes), 2) if bits else None)
-    return dataclasses.replace(point, weight_bits=means[0], activation_bits=means[1])
+    weight_bits, activation_bits = mixed.mean_bits(quantized)
+    return dataclasses.replace(point, weight_bits=weight_bits, activation_bits=activation_bits)
 
 
 def evaluate_packed(settings: Settings) -> Outcome:

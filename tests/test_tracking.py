@@ -315,6 +315,7 @@ COMPUTES = (
     "compression",
     "calibration",
     "allocation qat",
+    "mixed",
 )
 REPORTS = ("tracking results report", "sweepserver", "sweepresults", "export test train sweep")
 
