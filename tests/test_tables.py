@@ -60,11 +60,21 @@ def test_what_goes_beyond_is_told_by_method_and_size(tables):
 
 def test_the_committed_tables_are_those_of_the_committed_results(tables):
     settings = tables.Settings()
-    frame, first = tables.read_one_checkpoint(settings.results), tables.read_one_checkpoint(settings.first)
+    networks = [tables.read_one_checkpoint(path) for path in (settings.results, settings.second, settings.first)]
     page = settings.page.read_text()
     readme = settings.readme.read_text()
-    assert tables.accuracies(frame) in readme and tables.beyond(frame) in readme
-    assert all(table in page for table in (tables.drops(frame), tables.drops(first), tables.coded([frame, first])))
+    assert tables.accuracies(networks[0]) in readme
+    assert tables.beyond(tables.with_fine_tuned(*networks[:2])) in readme
+    assert all(table in page for table in (*map(tables.drops, networks), tables.coded(networks)))
+
+
+def test_fine_tuned_files_of_an_earlier_network_are_told_with_its_accuracy(tables):
+    earlier = report.to_frame([dict(rows()[0], method="qat", weight_quant_bits=2, test_acc_fp32=85.0)])
+    frame = report.to_frame(rows())
+    line = "| fine-tuned (`train.py --qat`) of a network of 85.00 % | 2 | 8 | 89.00 | -4.00 | 1.000 MB | 9.00× |"
+    assert tables.beyond(tables.with_fine_tuned(frame, earlier)).splitlines()[-1] == line
+    own = report.to_frame([dict(rows()[0], method="qat")])
+    assert tables.with_fine_tuned(own, earlier) is own
 
 
 @pytest.mark.parametrize("column, other", [("checkpoint_hash", "def"), ("dataset_crc32", "456")])
