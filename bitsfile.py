@@ -2,7 +2,7 @@
 
 layers:
   features.0.0: 8        # a convolution or the classifier, by its name in the network
-values:
+activations:
   features.0.0: 4        # the result of an operation, by the same name
 """
 
@@ -14,20 +14,20 @@ from errors import UserError
 from files import write_bytes
 from network import Op, fused_operations, weighted
 
-PARTS = {"layers": (1, 8, "--weight-bits"), "values": (2, 8, "--act-bits")}  # the least and the most bits
+PARTS = {"layers": (1, 8, "--weight-bits"), "activations": (2, 8, "--act-bits")}  # the least and the most bits
 
 
-def write(path: Path, layers: Mapping[str, int], values: Mapping[str, int], notes: Sequence[str] = ()) -> None:
-    """A YAML file with the bits of layers and values, whichever there are; notes come first, as comments."""
+def write(path: Path, layers: Mapping[str, int], activations: Mapping[str, int], notes: Sequence[str] = ()) -> None:
+    """A YAML file with the bits of layers and activations, whichever there are; notes come first, as comments."""
     lines = [f"# {note}" for note in notes]
-    for title, bits in (("layers", layers), ("values", values)):
+    for title, bits in (("layers", layers), ("activations", activations)):
         if bits:
             lines += [f"{title}:", *(f"  {name}: {b}" for name, b in bits.items())]
     write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def read(path: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """(bits of layers, bits of values) from a file as `write` makes it; one of them may be missing.
+    """(bits of layers, bits of activations) from a file as `write` makes it; one of them may be missing.
     UserError if the file is missing or is not a bits file."""
     import yaml
 
@@ -39,13 +39,13 @@ def read(path: Path) -> tuple[dict[str, int], dict[str, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--bits-file {path} cannot be read ({error}); make one with --target-size-mb") from None
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of a date that is none, of [[[[...
-        raise UserError(f"--bits-file {path} is not YAML ({error}); expected layers: and values:") from None
+        raise UserError(f"--bits-file {path} is not YAML ({error}); expected layers: and activations:") from None
     if twice:
         raise UserError(f"--bits-file {path} has {twice} twice; remove one of them")
     if not isinstance(document, dict) or set(document) - set(PARTS) or not any(document.values()):
-        raise UserError(f"--bits-file {path}: expected the parts layers: and values:, one or both")
-    layers, values = (checked_bits(path, part, document.get(part) or {}) for part in PARTS)
-    return layers, values
+        raise UserError(f"--bits-file {path}: expected the parts layers: and activations:, one or both")
+    layers, activations = (checked_bits(path, part, document.get(part) or {}) for part in PARTS)
+    return layers, activations
 
 
 def repeated(document: Any) -> str | None:
@@ -71,12 +71,14 @@ def checked_bits(path: Path, part: str, bits: Any) -> dict[str, int]:
 
 
 def check_names(
-    path: Path, layers: Mapping[str, int], values: Mapping[str, int], ops: Sequence[Op], uniform: Sequence[bool]
+    path: Path, layers: Mapping[str, int], activations: Mapping[str, int], ops: Sequence[Op], uniform: Sequence[bool]
 ) -> None:
     """UserError if the file names an unknown layer or activation, or omits one although no uniform bits are given for
     the rest (uniform: whether they are, for weights and for activations)."""
     known = [[op.name for op in some] for some in (weighted(ops), fused_operations(ops)[:-1])]
-    for (part, (*_, flag)), bits, names, others in zip(PARTS.items(), (layers, values), known, uniform, strict=True):
+    for (part, (*_, flag)), bits, names, others in zip(
+        PARTS.items(), (layers, activations), known, uniform, strict=True
+    ):
         if unknown := [name for name in bits if name not in names]:
             raise UserError(
                 f"--bits-file {path}: {part} has {unknown[0]!r}, which is not in the network; an example is {names[0]}"

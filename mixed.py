@@ -70,7 +70,7 @@ def search(
     if target.values:
         plan = allocation.with_value_bits(network, images, plan, target.activation_bits)
         mean = allocation.mean_bits(plan.value_bits, value_sizes(network.ops, network.weights))
-        notes += (f"Values: {mean:.2f} bits an element.",)
+        notes += (f"Activations: {mean:.2f} bits an element.",)
 
     def build(bits: dict[str, int]) -> QuantizedNetwork:
         with progress(network) as on_layer:

@@ -441,7 +441,7 @@ def searched(settings: Settings, subject: Subject, fp32: Score, point: Point) ->
     images, measures = calibration(settings, subject), mixed.Measures(size, validate, settings.entropy)
     found = mixed.search(subject.network, images, point.plan, settings.target, measures, layer_bar)
     if settings.bits_file:
-        title = f"Bits of each layer and value, by test.py; method {point.method}, checkpoint {subject.hash}."
+        title = f"Bits of each layer and activation, by test.py; method {point.method}, checkpoint {subject.hash}."
         bitsfile.write(settings.bits_file, found.plan.layer_bits, found.plan.value_bits, [title, *found.notes])
     return dataclasses.replace(point, plan=found.plan), found.network
 

@@ -20,7 +20,7 @@ def test_a_bits_file_comes_back(network, tmp_path):
     layers = {op.name: 2 + i % 7 for i, op in enumerate(network.weighted)}
     bitsfile.write(path, layers, {"pool": 8}, ["made by a test", "KL: by layer"])
     assert path.read_text().startswith("# made by a test\n")
-    assert yaml.safe_load(path.read_text()) == {"layers": layers, "values": {"pool": 8}}
+    assert yaml.safe_load(path.read_text()) == {"layers": layers, "activations": {"pool": 8}}
     assert bitsfile.read(path) == (layers, {"pool": 8})
 
 
@@ -44,9 +44,9 @@ def test_a_bits_file_comes_back(network, tmp_path):
         ("layers: {classifier.1: four}", "'four' bits"),
         ("layers: {classifier.1: true}", "True bits"),
         ("layers: {classifier.1: 4}", "lacks features.0.0"),
-        ("values: {features.0.0: 1}", "1 bits"),
-        ("values: {classifier.1: 4}", "classifier.1"),
-        ("values: {features.0.0: 4}", "--act-bits"),
+        ("activations: {features.0.0: 1}", "1 bits"),
+        ("activations: {classifier.1: 4}", "classifier.1"),
+        ("activations: {features.0.0: 4}", "--act-bits"),
     ],
 )
 def test_a_bad_bits_file_is_one_clear_error(network, tmp_path, text, words):

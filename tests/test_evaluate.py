@@ -164,7 +164,7 @@ def test_mixed_precision_keeps_its_promise_and_comes_back(call, flags, column, m
     target, others = flags[:2], [*flags[2:], "--calib-batches", "1", "--bits-file", "b.yaml", "--rounding", "nearest"]
     assert call(*target, *others)[0] == 0
     notes = Path("b.yaml").read_text()
-    assert notes.startswith("# Bits of each layer and value")
+    assert notes.startswith("# Bits of each layer and activation")
     assert call(*others)[0] == 0, call(*others)[2]
     searched, read = results.read(Path("results.csv"))
     if column == "drop on validation":
