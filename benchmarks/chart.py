@@ -1,4 +1,5 @@
-"""Accuracy over bytes on disk, ours and the peers', as one figure: accuracy_per_byte.png.
+"""Accuracy over bytes on disk, ours and the peers', as one figure: accuracy_per_byte.png; and every run as
+parallel_coordinates.png.
 
 Ours: the rows of a results file (mean over seeds) by the method `auto`, the same with entropy coding and mixed
 precision, and the plain method. The others: peers.csv, of the same checkpoint. A panel each for activations of 8 and
@@ -56,10 +57,11 @@ STYLES = {  # color, marker, line
 class Settings:
     """The command line of chart.py."""
 
-    results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
+    results: Path = option(HERE / "results_second.csv", "results file of test.py, of one checkpoint")
     peers: Path = option(HERE / "peers.csv", "what peers.py measured for that checkpoint")
     figure: Path = option(HERE / "accuracy_per_byte.png", "where the figure goes")
-    runs: Path = option(HERE / "parallel_coordinates.png", "where the figure of all rows of RESULTS goes")
+    every: Path = option(HERE / "results_cifar10.csv", "results file whose rows are all drawn, of one checkpoint")
+    runs: Path = option(HERE / "parallel_coordinates.png", "where the figure of all rows of EVERY goes")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def main() -> None:
     measured = results.read(settings.peers, peers.COLUMNS, "--peers")
     rows = [row for row in measured if results.same(row, subject, list(subject))]
     draw([{**ours(frame, bits), **others(rows, bits)} for bits in PANELS], frame[FP32_ACCURACY].iloc[0], settings)
-    report.parallel_coordinates_png(frame, settings.runs)
+    report.parallel_coordinates_png(tables.read_one_checkpoint(settings.every, "--every"), settings.runs)
     print(f"wrote {settings.figure} and {settings.runs}")
 
 

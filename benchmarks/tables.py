@@ -43,6 +43,7 @@ class Settings:
     """The command line of tables.py."""
 
     results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
+    second: Path = option(HERE / "results_second.csv", "the same of the network that the fine-tuned files are of")
     first: Path = option(HERE / "results_first.csv", "the same of the network on which the methods were chosen")
     readme: Path = option(HERE.parent / "README.md", "gets the tables of accuracies and of what goes beyond")
     page: Path = option(HERE / "README.md", "gets the tables of points below FP32 and of entropy-coded files")
@@ -51,12 +52,22 @@ class Settings:
 def main() -> None:
     settings = parse(Settings, __doc__, sys.argv[1:])
     frame = read_one_checkpoint(settings.results)
+    second = read_one_checkpoint(settings.second, "--second")
     first = read_one_checkpoint(settings.first, "--first")
     write_table(settings.readme, "accuracies", accuracies(frame))
-    write_table(settings.readme, "beyond", beyond(frame))
+    write_table(settings.readme, "beyond", beyond(with_fine_tuned(frame, second)))
     write_table(settings.page, "drops", drops(frame))
+    write_table(settings.page, "drops of the second network", drops(second))
     write_table(settings.page, "drops of the first network", drops(first))
-    write_table(settings.page, "entropy-coded files", coded([frame, first]))
+    write_table(settings.page, "entropy-coded files", coded([frame, second, first]))
+
+
+def with_fine_tuned(frame: "pd.DataFrame", earlier: "pd.DataFrame") -> "pd.DataFrame":
+    """`frame` and, where it has none of its own, the fine-tuned files of an earlier network."""
+    import pandas as pd
+
+    own = (frame["method"] == "qat").any()
+    return frame if own else pd.concat([frame, earlier[earlier["method"] == "qat"]], ignore_index=True)
 
 
 def write_table(page: Path, name: str, table: str) -> None:
@@ -107,8 +118,10 @@ def beyond(frame: "pd.DataFrame") -> str:
         rows = frame[(frame["method"] == method) & ~(frame[WEIGHTS].isin(GRID) & (method == "auto"))]
         for (weights, activations), part in rows.groupby([WEIGHTS, ACTIVATIONS]):
             mean = f"{weights:.2f} on average" if "mixed" in method else f"{weights:g}"
+            fp32 = part[FP32_ACCURACY].iloc[0]
+            of_which = f" of a network of {fp32:.2f} %" if fp32 != frame[FP32_ACCURACY].iloc[0] else ""
             lines.append(
-                f"| {name} | {mean} | {activations:g} | {spread(part[ACCURACY])} "
+                f"| {name}{of_which} | {mean} | {activations:g} | {spread(part[ACCURACY])} "
                 f"| {spread(part[FP32_ACCURACY] - part[ACCURACY])} | {part[SIZE].mean():.3f} MB "
                 f"| {part[RATIO].mean():.2f}× |"
             )

@@ -73,7 +73,7 @@ def test_onnxruntime_makes_the_codes_of_our_integer_arithmetic(trained, weight_b
     *reals, theirs = run(model, images, [f"{name}/real" for name in names] + ["logits"])
     for name, real in zip(names, reals, strict=True):
         off = (real / packed.activations[name].scale - codes[name]).abs()
-        assert (off > 0.5).float().mean() < (0.06 if act_bits == 8 else 2e-3), name
+        assert off.mean() < (0.1 if act_bits == 8 else 5e-3), name  # a wrong scale or zero-point is off by codes
     if act_bits == 8:
         assert (logits - theirs).abs().mean() < 0.03 * logits.std()
 

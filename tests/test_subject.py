@@ -71,8 +71,9 @@ def test_calibration_sees_training_images_and_choices_see_validation(
         monkeypatch.setattr(owner, name, watched)
 
     spy(program, "quantize_network")
-    spy(program.allocation, "sensitivities")
-    spy(program.allocation, "value_sensitivities")
+    spy(program.mixed, "quantize_network")
+    spy(program.mixed.allocation, "sensitivities")
+    spy(program.mixed.allocation, "value_sensitivities")
     spy(program, "score")
     code, _, err = run_main(program, "--checkpoint", checkpoint, "--data-dir", image_folder, *flags)
     assert code == 0, err
