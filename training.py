@@ -58,6 +58,8 @@ class State:
     epoch: int = 0
     step: int = 0  # within the epoch
     seconds: float = 0.0  # of training and evaluation, over all parts of the run
+    startup: float = 0.0  # of these, the first step of each part, in which compilers work
+    started: bool = False  # whether this part had its first step
     epoch_seconds: float = 0.0  # of training in this epoch
     sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, correct of this epoch
     best_accuracy: float = -1.0  # percent on validation, of the checkpoint saved last
@@ -68,7 +70,7 @@ class State:
 
 
 FUSED = ("cuda", "mps")  # devices on which one kernel steps all weights
-NUMBERS = ("epoch", "step", "seconds", "epoch_seconds", "best_accuracy")  # of State, kept when it is saved
+NUMBERS = ("epoch", "step", "seconds", "startup", "epoch_seconds", "best_accuracy")  # of State, kept when it is saved
 
 
 class Float32Conv(nn.Conv2d):
@@ -147,10 +149,15 @@ def images_seen(state: State, images: int, recipe: Recipe) -> int:
 
 
 def progress(state: State, recipe: Recipe, steps: int) -> float:
-    """Progress of the run, 0 to 1: by epochs, or by the clock if `max_minutes` ends it sooner."""
+    """Progress of the run, 0 to 1: by epochs, or by the clock if `max_minutes` ends it sooner.
+
+    A minute in which the first step is compiled shortens the run, but is no part of its schedule: the warm-up would be
+    over after it."""
     done = (state.epoch + state.step / steps) / recipe.epochs
-    if recipe.max_minutes:
-        done = max(done, state.seconds / (60 * recipe.max_minutes))
+    if budget := 60 * recipe.max_minutes:
+        if state.seconds >= budget:
+            return 1.0
+        done = max(done, (state.seconds - state.startup) / (budget - state.startup))
     return min(done, 1.0)
 
 
@@ -234,7 +241,10 @@ def train_epoch(state: State, train: Split, recipe: Recipe, step: Step, on_step:
         if pairs is not None:
             update_average(pairs, recipe.ema_decay, state.epoch * steps + state.step)
         state.step += 1
+        before = state.seconds
         count_time()
+        if not state.started:
+            state.startup, state.started = state.startup + state.seconds - before, True
         on_step()
     state.sums.cpu()  # waits for the device, so that its time counts
     count_time()

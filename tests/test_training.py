@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import time
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ def test_progress_is_by_epochs_or_by_the_clock_whichever_is_further():
     assert training.progress(state, Recipe(epochs=10, max_minutes=2), steps=10) == 0.75
     assert training.progress(state, Recipe(epochs=10, max_minutes=100), steps=10) == 0.25
     assert training.progress(state, Recipe(epochs=10, max_minutes=1), steps=10) == 1.0
+    state.startup = 30.0  # 60 seconds of 90 are over, but no more than 120 may pass
+    assert training.progress(state, Recipe(epochs=10, max_minutes=2), steps=10) == pytest.approx(2 / 3)
+    state.seconds = 120.0
+    assert training.progress(state, Recipe(epochs=10, max_minutes=2), steps=10) == 1.0
+
+
+def test_only_the_first_step_of_a_run_is_its_start():
+    split = Split(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+    recipe, waits = Recipe(epochs=2, batch_size=2), iter([0.2] + [0.01] * 7)
+    state = training.start(MobileNetV2(Architecture(10, 0.1)), recipe, torch.device("cpu"))
+    for _ in range(2):
+        training.train_epoch(state, split, recipe, lambda *_: time.sleep(next(waits)), lambda: None)
+        training.next_epoch(state)
+    assert 0.2 <= state.startup < state.seconds - 0.07
 
 
 def test_batches_of_an_epoch_are_whole():
