@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint as checkpoints
@@ -200,7 +200,7 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
     """All epochs of the run, or those that are left of it where it is `resumed`."""
     settings, recipe, state = run.settings, run.recipe, run.state
     best = checkpoint_so_far(run)
-    forward = compiled(state.model) if settings.compile else state.model
+    forward = torch.compile(state.model, dynamic=False) if settings.compile else state.model
     criterion = None
     if run.tuning:
         options = recipe.label_smoothing, recipe.bf16, settings.compile
@@ -408,11 +408,6 @@ def check_compiler(device: torch.device) -> None:
     names = os.environ.get(variable, "").split()[:1] or names
     if not any(map(shutil.which, names)):
         raise UserError(f"--compile needs a compiler, and there is no {names[0]}; install it, or leave out --compile")
-
-
-def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network through torch.compile, for fixed shapes."""
-    return torch.compile(model, dynamic=False)
 
 
 # ---------------------------------------------------------------------------------------------------- in every epoch

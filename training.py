@@ -227,11 +227,12 @@ def train_epoch(state: State, train: Split, recipe: Recipe, step: Step, on_step:
     state.model.train()
     clock = time.perf_counter()
 
-    def count_time() -> None:
+    def count_time() -> float:
+        """Seconds since the last call, which are added to the state's."""
         nonlocal clock
-        now = time.perf_counter()
-        state.seconds, state.epoch_seconds = state.seconds + now - clock, state.epoch_seconds + now - clock
-        clock = now
+        before, clock = clock, time.perf_counter()
+        state.seconds, state.epoch_seconds = state.seconds + clock - before, state.epoch_seconds + clock - before
+        return clock - before
 
     while not epoch_over(state, recipe, steps):
         done = progress(state, recipe, steps)
@@ -241,10 +242,9 @@ def train_epoch(state: State, train: Split, recipe: Recipe, step: Step, on_step:
         if pairs is not None:
             update_average(pairs, recipe.ema_decay, state.epoch * steps + state.step)
         state.step += 1
-        before = state.seconds
-        count_time()
+        taken = count_time()
         if not state.started:
-            state.startup, state.started = state.startup + state.seconds - before, True
+            state.startup, state.started = state.startup + taken, True
         on_step()
     state.sums.cpu()  # waits for the device, so that its time counts
     count_time()

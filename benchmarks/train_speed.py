@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import qat
-import train
 import training
 from allocator import keep_freed_memory
 from calibration import method_plan, quantize_network
@@ -74,8 +73,7 @@ def our_steps(settings: Settings, device: torch.device, bf16: bool, tuned: bool)
     else:
         state = training.start(model, recipe, device)
     split = split.to(device)
-    forward = train.compiled(state.model) if settings.compile else state.model
-
+    forward = torch.compile(state.model, dynamic=False) if settings.compile else state.model
     step = training.stepper(state, split, recipe, Normalization(), forward, criterion)
 
     def run() -> float:

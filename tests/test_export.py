@@ -56,25 +56,29 @@ def run(model: onnx.ModelProto, images: torch.Tensor, names: Sequence[str] = ("l
     ],
 )
 def test_onnxruntime_makes_the_codes_of_our_integer_arithmetic(trained, weight_bits, act_bits, changes, four_bit):
-    """A tie that is rounded the other way grows from layer to layer, so only the first layers are compared by codes,
-    and logits where 8 bits keep that small. There biases are rounded as integer kernels need them."""
+    """A tie that is rounded the other way grows from layer to layer, so layers are compared by codes one by one, each
+    for the codes that onnxruntime made before it, and logits where 8 bits keep that small. There biases are rounded as
+    integer kernels need them."""
     network, images = trained
     packed = quantize_network(network, images, Plan(weight_bits, act_bits, **changes))
-    model, codes = export.to_onnx(packed, four_bit), {}
+    model = export.to_onnx(packed, four_bit)
     steps = {step.op.name: step for step in prepare(packed)}
-
-    def do(op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
-        codes[op.name] = run_step(steps[op.name], inputs)
-        return codes[op.name]
-
-    logits = walk(packed.ops, dataclasses.replace(packed.normalization, std=1.0)(images), do)
     names = [op.name for op in packed.ops if op.name in packed.activations][:4]
     model.graph.output.extend(onnx.ValueInfoProto(name=f"{name}/real") for name in names)
     *reals, theirs = run(model, images, [f"{name}/real" for name in names] + ["logits"])
-    for name, real in zip(names, reals, strict=True):
-        off = (real / packed.activations[name].scale - codes[name]).abs()
-        assert off.mean() < (0.1 if act_bits == 8 else 5e-3), name  # a wrong scale or zero-point is off by codes
+    made = {name: real / packed.activations[name].scale for name, real in zip(names, reals, strict=True)}
+
+    def check(op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
+        codes = run_step(steps[op.name], inputs)
+        if op.name not in made:
+            return codes
+        off = (made[op.name] - codes).abs()
+        assert (off > 0.5).float().mean() < (0.03 if act_bits == 8 else 2e-3), op.name
+        return made[op.name].round()
+
+    walk(packed.ops, dataclasses.replace(packed.normalization, std=1.0)(images), check)
     if act_bits == 8:
+        logits = predictor(packed)(images)
         assert (logits - theirs).abs().mean() < 0.03 * logits.std()
 
 

@@ -21,6 +21,7 @@ from learned import LearnedNetwork
 from models import Architecture, MobileNetV2
 from network import forward, to_device
 from quantization import predictor
+from tests.training_helpers import NEEDS_CUDA
 
 RECIPE = training.Recipe(epochs=10, batch_size=8, lr=0.01, warmup_epochs=0, augmentation=data.Augmentation(0, False))
 
@@ -38,9 +39,6 @@ def arguments(fp32: Path, image_folder: Path, path: Path, epochs: int = 2) -> li
     text = f"--qat --checkpoint {fp32} --data-dir {image_folder} --save-path {path} --epochs {epochs} --batch-size 8"
     more = "--device cpu --weight-quant-bits 2 --activation-quant-bits 4 --qat-lr 0.003"
     return [*text.split(), *more.split()]
-
-
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: records a step as a CUDA graph")
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])

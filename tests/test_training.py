@@ -15,6 +15,7 @@ import training
 from data import Augmentation, Normalization, Split
 from evaluation import choose_device, score
 from models import Architecture, MobileNetV2
+from tests.training_helpers import NEEDS_CUDA
 from training import Recipe
 
 
@@ -153,7 +154,6 @@ def test_relu6_on_bits_is_relu6():
     assert not training.all_finite(training.start(model, Recipe(), torch.device("cpu")))
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: records a step as a CUDA graph")
 STEPS = 8  # of the two runs below: some before the recording, most from it
 
 
@@ -169,7 +169,7 @@ def cuda_run(**changes):
     return training.start(model if changes.get("bf16") else model.double(), recipe, device), split, recipe
 
 
-@needs_cuda
+@NEEDS_CUDA
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_recorded_step_trains_like_an_ordinary_one(compiled, monkeypatch):
     """Oracle: the same steps without a recording, in float64 and at a low rate, for an untrained network magnifies
@@ -188,7 +188,7 @@ def test_a_recorded_step_trains_like_an_ordinary_one(compiled, monkeypatch):
         torch.testing.assert_close(recorded, ordinary, rtol=1e-3, atol=1e-5)
 
 
-@needs_cuda
+@NEEDS_CUDA
 def test_no_step_waits_for_the_gpu():
     state, split, recipe = cuda_run(bf16=True)
     seen = []

@@ -1,7 +1,8 @@
-"""What the tests of train.py share: small settings, and whether two runs ended alike."""
+"""What the tests of training share: small settings, whether two runs ended alike, and what needs CUDA."""
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import checkpoint as checkpoints
@@ -10,6 +11,8 @@ import train
 # 44 of the 48 training images of the fixture remain after --val-size 5 is cut to a tenth of them: 3 steps an epoch.
 # On the CPU: there a cut run ends with the same bits.
 FAST = dict(device="cpu", width_mult=0.1, batch_size=14, epochs=3, lr=0.05, progressive_sizes=(8,), val_size=5)
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: records a step as a CUDA graph")
 
 
 def settings(image_folder: Path, folder: Path, **changes) -> train.Settings:
