@@ -360,44 +360,6 @@ def random_subset(split: Split, count: int, seed: int) -> Split:
     return split[torch.randperm(len(split), generator=generator)[:count]]
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """pad: pixels of random shift; flip: mirror half of the images; cutout: side of a blank square, 0 for none."""
-
-    pad: int = 4
-    flip: bool = True
-    cutout: int = 0
-
-
-def augment(images: Tensor, augmentation: Augmentation, normalization: Normalization, draws: Tensor) -> Tensor:
-    """Normalised float32 [B, 3, H, W], channels_last, from uint8 images; padding and cutout are the mean colour (0).
-
-    draws: [B, 5] uniform in [0, 1): shift down, shift right, mirror, cutout row, cutout column.
-    """
-    size, pad = images.shape[-1], augmentation.pad
-    x = normalization(images)
-    if pad:
-        rows, columns = (draws[:, i] * (2 * pad + 1) for i in (0, 1))
-        windows = F.pad(x, (pad,) * 4).permute(0, 2, 3, 1).unfold(1, size, 1).unfold(2, size, 1)
-        picks = torch.arange(len(x), device=x.device)
-        x = windows[picks, rows.long(), columns.long()].contiguous(memory_format=torch.channels_last)
-    if augmentation.flip:
-        x = torch.where(draws[:, 2].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
-    if augmentation.cutout:
-        place = torch.arange(size, device=x.device)
-        half = augmentation.cutout / 2
-        inside = [((place + 0.5 - draws[:, i, None] * size).abs() < half) for i in (3, 4)]
-        x = x.masked_fill((inside[0][:, None, :, None] & inside[1][:, None, None, :]), 0.0)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def epoch_draws(count: int, seed: int, epoch: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(order [count], draws [count, 5]) of one epoch, from (seed, epoch) alone: a resumed epoch draws the same."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator)
-    return order.to(device), torch.rand(count, 5, generator=generator).to(device)
-
-
 def batches(split: Split, size: int) -> Iterator[Split]:
     """The images in order, `size` at a time; the last batch may be smaller."""
     for start in range(0, len(split), size):

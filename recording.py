@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-Step = Callable[[Tensor, Tensor, int], None]  # (picks [B] int64, draws [B, 5], image size): trains on these images
+Step = Callable[[Tensor, Tensor, int], None]  # (picks [B] int64, draws [B, n], image size): trains on these images
 
 WARM_UP = 3  # steps before the recording: compilers, cuDNN's choice of algorithms and the optimizer's state settle
 

@@ -36,6 +36,7 @@ import runstate
 import tracking
 import training
 from allocator import keep_freed_memory
+from augmentation import Augmentation
 from checkpoint import Checkpoint
 from cli import MOST_SEED, flag, option, parse, to_argv
 from errors import UserError, run_main
@@ -64,6 +65,10 @@ class Settings:
     pad: int = option(4, "random shift by up to this many pixels", low=0, high=16, group="data")
     flip: bool | None = option(None, "mirror half of the images (default: yes, except for digits)", group="data")
     cutout: int = option(0, "side of a random blank square", low=0, high=32, group="data")
+    trivial_augment: bool = option(
+        False, "change each image by one random operation of random strength (TrivialAugment)", group="data"
+    )
+    cutmix: float = option(0.0, "share of the images that get a square of another", low=0, high=1, group="data")
     progressive_sizes: tuple[int, ...] = option(
         (),
         "image sizes, one after another in equal shares of the run, e.g. 16,24,32 (faster)",
@@ -271,7 +276,9 @@ def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
     shared = {
         f.name: getattr(settings, f.name) for f in dataclasses.fields(training.Recipe) if hasattr(settings, f.name)
     }
-    shared["augmentation"] = data.Augmentation(settings.pad, flip, settings.cutout)
+    shared["augmentation"] = Augmentation(
+        settings.pad, flip, settings.cutout, settings.trivial_augment, settings.cutmix
+    )
     if settings.bf16 is None:
         shared["bf16"] = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if settings.qat:  # bfloat16 has too few digits to tell the steps of 8 bits apart

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Augmentation, Normalization, Split, augment, epoch_draws
+from augmentation import Augmentation, augment, cutmix, epoch_draws, mixed_targets
+from data import Normalization, Split
 from recording import Step, recorded, set_rate
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits, normalised images, labels) → mean over the batch
+# (logits, normalised images, labels [B] or probabilities [B, classes]) → mean over the batch
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ def stepper(
     forward: Callable[[Tensor], Tensor],
     criterion: Loss | None = None,
 ) -> Step:
-    """A step as a function of (picks [B] of the images of `train`, draws [B, 5], image size): it moves the weights and
-    the sums of `state`. On CUDA it is replayed from a recording (recording.py).
+    """A step as a function of (picks [B] of the images of `train`, draws [B, DRAWS], image size): it moves the weights
+    and the sums of `state`. On CUDA it is replayed from a recording (recording.py).
 
     forward: `state.model` or its compiled form. criterion: the loss; None: cross-entropy with label smoothing.
     """
@@ -194,22 +196,25 @@ def stepper(
 
     def step(picks: Tensor, draws: Tensor, size: int) -> None:
         batch = train[picks]
-        x = augment(batch.images, recipe.augmentation, normalization, draws)
+        x, share = augment(batch.images, recipe.augmentation, normalization, draws), None
+        if recipe.augmentation.cutmix:
+            x, share = cutmix(x, recipe.augmentation, draws)
         if size != x.shape[-1]:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
             logits = forward(x)
+        labels = batch.labels if share is None else mixed_targets(batch.labels, share, logits.shape[1])
         if criterion:
-            loss = criterion(logits.float(), x, batch.labels)
+            loss = criterion(logits.float(), x, labels)
         else:
-            loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()
         with torch.no_grad():
             state.sums[0] += loss.detach() * len(batch)
-            state.sums[1] += (logits.argmax(1) == batch.labels).sum()
+            state.sums[1] += (logits.argmax(1) == (labels if share is None else labels.argmax(1))).sum()
 
     return recorded(step, state.optimizer) if device.type == "cuda" else step
 

@@ -1,4 +1,4 @@
-"""Data: readers against known pixels, the cache, splits, augmentation against a plain loop, each kind of bad input."""
+"""Data: readers against known pixels, the cache, splits, each kind of bad input."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from test_files import full_disk
 
 import data
-from data import Augmentation, Normalization, Split, augment
+from data import Normalization, Split
 from errors import UserError
 from vision import import_torchvision
 
@@ -382,45 +382,3 @@ def test_normalization_for_a_data_set_is_that_of_its_training_images():
     assert normal.mean == tuple(round(float(images[:, c].float().mean())) for c in range(3))
     assert normal.std == round(float(images.float().std()))
     assert data.normalization_for("cifar100", Split(images, torch.zeros(200))) == Normalization()
-
-
-def plain_augment(image: np.ndarray, kind: Augmentation, normal: Normalization, draw: np.ndarray) -> np.ndarray:
-    """One image [3, S, S], pixel by pixel."""
-    size = image.shape[-1]
-    out = np.zeros((3, size, size), np.float32)
-    down, right = (int(draw[i] * (2 * kind.pad + 1)) - kind.pad for i in (0, 1))
-    for row in range(size):
-        for column in range(size):
-            hole = [abs(at + 0.5 - draw[i] * size) < kind.cutout / 2 for at, i in ((row, 3), (column, 4))]
-            if all(hole):
-                continue
-            source = size - 1 - column if kind.flip and draw[2] < 0.5 else column
-            r, c = row + down, source + right
-            if 0 <= r < size and 0 <= c < size:
-                out[:, row, column] = (image[:, r, c].astype(np.float32) - np.array(normal.mean)) / normal.std
-    return out
-
-
-@pytest.mark.parametrize("pad", [0, 2, 4])
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("cutout", [0, 3, 8])
-def test_augmentation_against_a_plain_loop(pad, flip, cutout):
-    generator = torch.Generator().manual_seed(pad + 10 * flip + cutout)
-    images = torch.randint(0, 256, (12, 3, 12, 12), dtype=torch.uint8, generator=generator)
-    draws = torch.rand(12, 5, generator=generator)
-    kind, normal = Augmentation(pad, flip, cutout), Normalization((10, 200, 100), 50.0)
-    x = augment(images, kind, normal, draws)
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    for i in range(len(images)):
-        expected = plain_augment(images[i].numpy(), kind, normal, draws[i].numpy())
-        np.testing.assert_allclose(x[i].numpy(), expected, rtol=0, atol=1e-6)
-
-
-def test_an_epochs_draws_depend_on_seed_and_epoch_alone():
-    order, draws = data.epoch_draws(100, seed=3, epoch=7, device="cpu")
-    torch.rand(5)
-    again = data.epoch_draws(100, seed=3, epoch=7, device="cpu")
-    assert torch.equal(order, again[0]) and torch.equal(draws, again[1])
-    assert sorted(order.tolist()) == list(range(100))
-    for other in (data.epoch_draws(100, 3, 8, "cpu"), data.epoch_draws(100, 4, 7, "cpu")):
-        assert not torch.equal(order, other[0])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_learned import assert_same, small_network, start_of
 
+import augmentation
 import checkpoint as checkpoints
 import data
 import qat
@@ -23,7 +24,9 @@ from network import forward, to_device
 from quantization import predictor
 from tests.training_helpers import NEEDS_CUDA
 
-RECIPE = training.Recipe(epochs=10, batch_size=8, lr=0.01, warmup_epochs=0, augmentation=data.Augmentation(0, False))
+RECIPE = training.Recipe(
+    epochs=10, batch_size=8, lr=0.01, warmup_epochs=0, augmentation=augmentation.Augmentation(0, False)
+)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,9 @@ from traininglog import Epoch, open_log
 
 VARIANTS = {
     "plain": {},
-    "all": dict(ema_decay=0.9, dropout=0.3, progressive_sizes=(8, 16), cutout=8, eval_every=2),
+    "all": dict(
+        ema_decay=0.9, dropout=0.3, progressive_sizes=(8, 16), cutout=8, trivial_augment=True, cutmix=0.5, eval_every=2
+    ),
     "last": dict(val_size=0, scheduler="constant", momentum=0.0),
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import augmentation
 import checkpoint as checkpoints
 import data
 import train
@@ -51,7 +52,7 @@ def test_means_of_an_epoch_cut_by_the_clock_are_over_the_images_seen(tmp_path, i
     assert [row.epoch for row in rows] == [1] and saved.metrics["epoch"] == 1
     one = settings(image_folder, tmp_path, dataset="folder", **recipe)
     run = train.start(one, Recipe(**{}), torch.device("cpu"), None)
-    order, _ = data.epoch_draws(len(run.train), 0, 0, "cpu")
+    order, _ = augmentation.epoch_draws(len(run.train), 0, 0, "cpu")
     batch = run.train[order[:14]]  # one step was done
     x = torch.nn.functional.interpolate(run.normalization(batch.images), (8, 8), mode="bilinear", antialias=True)
     with torch.no_grad():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-import data
+import augmentation
 import recording
 import training
-from data import Augmentation, Normalization, Split
+from augmentation import Augmentation
+from data import Normalization, Split
 from evaluation import choose_device, score
 from models import Architecture, MobileNetV2
 from tests.training_helpers import NEEDS_CUDA
@@ -79,7 +80,7 @@ def test_one_step_is_pytorchs_sgd_by_hand():
     step = training.stepper(state, split, recipe, Normalization(), lambda x: model(x.double()))
     training.train_epoch(state, split, recipe, step, lambda: None)
 
-    order, _ = data.epoch_draws(6, recipe.seed, 0, "cpu")
+    order, _ = augmentation.epoch_draws(6, recipe.seed, 0, "cpu")
     x = (split.images[order].double() - torch.tensor([125.0, 123, 114]).view(1, 3, 1, 1)) / 64
     log_p = hand(x).log_softmax(1)
     target = torch.full((6, 4), 0.1 / 4).scatter_add_(1, split.labels[order, None], torch.full((6, 1), 0.9))
@@ -160,7 +161,7 @@ STEPS = 8  # of the two runs below: some before the recording, most from it
 def cuda_run(**changes):
     """(state, images on the device, recipe) before the first of `STEPS` steps of a small network."""
     device = choose_device("cuda")
-    recipe = Recipe(epochs=1, batch_size=8, ema_decay=0.9, augmentation=Augmentation(4, True, 8), **changes)
+    recipe = Recipe(epochs=1, batch_size=8, ema_decay=0.9, augmentation=Augmentation(4, True, 8, True, 0.5), **changes)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8 * STEPS, 3, 32, 32), dtype=torch.uint8, generator=generator)
     split = Split(images, torch.randint(0, 10, (8 * STEPS,), generator=generator)).to(device)
