@@ -80,14 +80,21 @@ def test_one_graph_compiles_all_of_it() -> None:
     assert (explained.graph_count, explained.break_reasons) == (1, [])
 
 
-def test_gradients_of_quantize_are_those_of_lsq() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_quantize_are_those_of_lsq(compiled: bool) -> None:
     """Oracle: the plain form with a detached rounding, differentiated by autograd."""
+
+    def quantize(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return Quantize.apply(value, scale, -2, 5)
+
+    if compiled:
+        quantize = torch.compile(quantize, backend="aot_eager", dynamic=False)
     x = (3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))).double()
     results = []
     for ours in (True, False):
         value, scale = x.clone().requires_grad_(True), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
         if ours:
-            y = Quantize.apply(value, scale, -2, 5)
+            y = quantize(value, scale)
         else:
             v = (value / scale).clamp(-2, 5)
             y = (v + (v.round() - v).detach()) * scale
