@@ -15,10 +15,11 @@ from torch import Tensor
 
 from data import Normalization
 
-DRAWS = (
-    12  # columns: shift down and right, mirror, cutout's place (2); operation, strength, sign; CutMix: whether, area,
-)
-# place (2)
+# The columns of `draws`. Shift and places are pairs: down, right.
+SHIFT, MIRROR, HOLE = slice(0, 2), 2, slice(3, 5)
+OPERATION, STRENGTH, SIGN = 5, 6, 7
+MIXED, AREA, PLACE = 8, 9, slice(10, 12)
+DRAWS = 12
 
 OPERATIONS = (
     *("identity", "shear x", "shear y", "translate x", "translate y", "rotate"),
@@ -44,7 +45,7 @@ def epoch_draws(count: int, seed: int, epoch: int, device: torch.device | str) -
     """(order [count], draws [count, DRAWS]) of one epoch, from (seed, epoch) alone: a resumed epoch draws the same."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
-    columns = [torch.rand(count, n, generator=generator) for n in (5, DRAWS - 5)]  # the first five as they always were
+    columns = [torch.rand(count, n, generator=generator) for n in (5, DRAWS - 5)]  # the first five came first
     return order.to(device), torch.cat(columns, 1).to(device)
 
 
@@ -53,20 +54,21 @@ def augment(images: Tensor, augmentation: Augmentation, normalization: Normaliza
     cutout, is the mean colour (0). All but CutMix. draws: [B, DRAWS]."""
     size, pad = images.shape[-1], augmentation.pad
     if augmentation.trivial:
-        operation, strength, sign = (draws[:, 5] * len(OPERATIONS)).long(), draws[:, 6], (draws[:, 7] < 0.5) * 2.0 - 1
+        operation, strength = (draws[:, OPERATION] * len(OPERATIONS)).long(), draws[:, STRENGTH]
+        sign = (draws[:, SIGN] < 0.5) * 2.0 - 1
         x = warped(normalization(recoloured(images, operation, strength, sign)), operation, strength * sign)
     else:
         x = normalization(images)
     if pad:
-        rows, columns = (draws[:, i] * (2 * pad + 1) for i in (0, 1))
+        rows, columns = (draws[:, SHIFT] * (2 * pad + 1)).long().unbind(1)
         windows = F.pad(x, (pad,) * 4).permute(0, 2, 3, 1).unfold(1, size, 1).unfold(2, size, 1)
         picks = torch.arange(len(x), device=x.device)
-        x = windows[picks, rows.long(), columns.long()].contiguous(memory_format=torch.channels_last)
+        x = windows[picks, rows, columns].contiguous(memory_format=torch.channels_last)
     if augmentation.flip:
-        x = torch.where(draws[:, 2].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+        x = torch.where(draws[:, MIRROR].view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
     if augmentation.cutout:
-        side = torch.full_like(draws[:, 0], augmentation.cutout)
-        x = x.masked_fill(squares(size, draws[:, 3:5], side), 0.0)
+        sides = torch.full((len(x),), augmentation.cutout, device=x.device)
+        x = x.masked_fill(squares(size, draws[:, HOLE], sides), 0.0)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -83,9 +85,8 @@ def squares(size: int, places: Tensor, sides: Tensor) -> Tensor:
 def cutmix(x: Tensor, augmentation: Augmentation, draws: Tensor) -> tuple[Tensor, Tensor]:
     """(images, share [B] of each that is its own): the rest is a square of the image before it in the batch."""
     size = x.shape[-1]
-    chosen = draws[:, 8] < augmentation.cutmix
-    sides = torch.where(chosen, size * (1 - draws[:, 9]).sqrt(), 0.0)
-    inside = squares(size, draws[:, 10:12], sides)
+    sides = torch.where(draws[:, MIXED] < augmentation.cutmix, size * (1 - draws[:, AREA]).sqrt(), 0.0)
+    inside = squares(size, draws[:, PLACE], sides)
     x = torch.where(inside, x.roll(1, 0), x).contiguous(memory_format=torch.channels_last)
     return x, 1 - inside.float().mean((1, 2, 3))
 

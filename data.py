@@ -1,8 +1,8 @@
-"""Images as whole uint8 tensors: loading, caching, splitting, augmenting, normalising.
+"""Images as whole uint8 tensors: loading, caching, splitting, normalising.
 
 Every data set becomes uint8 [N, 3, 32, 32] once and is kept in one safetensors file beside its source, so later runs
-load 60,000 images in a fraction of a second. Batches are sliced, augmented and normalised as whole tensors on the
-device (the idea of KellerJordan/cifar10-airbench); there are no worker processes.
+load 60,000 images in a fraction of a second. Batches are sliced, augmented (augmentation.py) and normalised as whole
+tensors on the device (the idea of KellerJordan/cifar10-airbench); there are no worker processes.
 
 Data sets: `cifar10`, `cifar100` (Krizhevsky 2009, fetched and checked by torchvision), `folder` (any `train/<class>/*`,
 `test/<class>/*` images, resized to 32x32), `digits` (scikit-learn's 1,797 handwritten digits, no download).
