@@ -57,11 +57,10 @@ STYLES = {  # color, marker, line
 class Settings:
     """The command line of chart.py."""
 
-    results: Path = option(HERE / "results_second.csv", "results file of test.py, of one checkpoint")
+    results: Path = option(HERE / "results_cifar10.csv", "results file of test.py, of one checkpoint")
     peers: Path = option(HERE / "peers.csv", "what peers.py measured for that checkpoint")
     figure: Path = option(HERE / "accuracy_per_byte.png", "where the figure goes")
-    every: Path = option(HERE / "results_cifar10.csv", "results file whose rows are all drawn, of one checkpoint")
-    runs: Path = option(HERE / "parallel_coordinates.png", "where the figure of all rows of EVERY goes")
+    runs: Path = option(HERE / "parallel_coordinates.png", "where the figure of all rows of RESULTS goes")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def main() -> None:
     measured = results.read(settings.peers, peers.COLUMNS, "--peers")
     rows = [row for row in measured if results.same(row, subject, list(subject))]
     draw([{**ours(frame, bits), **others(rows, bits)} for bits in PANELS], frame[FP32_ACCURACY].iloc[0], settings)
-    report.parallel_coordinates_png(tables.read_one_checkpoint(settings.every, "--every"), settings.runs)
+    report.parallel_coordinates_png(frame, settings.runs)
     print(f"wrote {settings.figure} and {settings.runs}")
 
 
