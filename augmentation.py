@@ -45,7 +45,8 @@ def epoch_draws(count: int, seed: int, epoch: int, device: torch.device | str) -
     """(order [count], draws [count, DRAWS]) of one epoch, from (seed, epoch) alone: a resumed epoch draws the same."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
-    columns = [torch.rand(count, n, generator=generator) for n in (5, DRAWS - 5)]  # the first five came first
+    # The first five on their own, as before there were more: such runs are resumed with the same images.
+    columns = [torch.rand(count, n, generator=generator) for n in (5, DRAWS - 5)]
     return order.to(device), torch.cat(columns, 1).to(device)
 
 

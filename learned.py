@@ -232,7 +232,8 @@ class Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         v = x / scale
-        y = v.round().clamp(low, high) * scale  # not in place: compiled by torch 2.11, it would get no gradient
+        # The last operation is not in place: compiled by torch 2.11, its result would get no gradient.
+        y = v.round().clamp_(low, high) * scale
         ctx.save_for_backward(v, y, scale)
         ctx.ends = low, high
         return y
