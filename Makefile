@@ -2,7 +2,7 @@
 # make sweep   the same grid as a sweep with the real W&B client on the embedded server (AGENTS=2 DATA=… CHECKPOINT=…)
 # make test    the test suite
 # make lint    ruff: rules and format
-# make clean   deletes runs/: the demo, and what the embedded server has recorded there
+# make clean   deletes runs/: the demo, and the sweeps' tables and plots; the embedded server keeps its own in sweepserver-data/
 PYTHON ?= python3
 BIN := .venv/bin
 AGENTS ?= 2

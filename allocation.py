@@ -40,7 +40,6 @@ from quantization import (
     QuantizedNetwork,
     activation_grid,
     fake_quantize,
-    float_network,
     with_layers,
 )
 
@@ -233,17 +232,16 @@ def allocate(table: Table, budget: float) -> dict[str, int]:
     return {name: chosen[name] for name in names}
 
 
-Options = Sequence[tuple[float, float, int]]  # (bytes, harm, bits), by rising bytes
+Options = Sequence[tuple[float, float, int]]  # (bytes, harm, bits), sorted
 
 
 def hull(options: Options) -> list[tuple[float, float]]:
-    """The lower convex hull of (bytes, harm), from the fewest bytes to the least harm."""
+    """The lower convex hull of (bytes, harm), from the fewest bytes to the least harm. Of equal bytes the first has the
+    least harm."""
     corners: list[tuple[float, float]] = []
     for x, y, _ in options:
         if corners and y >= corners[-1][1]:
             continue
-        while corners and corners[-1][0] == x:
-            corners.pop()
         while len(corners) > 1 and slope(corners[-2], corners[-1]) >= slope(corners[-1], (x, y)):
             corners.pop()
         corners.append((x, y))
@@ -285,14 +283,19 @@ Build = Callable[[dict[str, int]], QuantizedNetwork]
 
 
 def fit_size(
-    network: Network, table: Table, target: int, build: Build, size: Callable[[QuantizedNetwork], int], tries: int = 6
+    start: QuantizedNetwork,
+    table: Table,
+    target: int,
+    build: Build,
+    size: Callable[[QuantizedNetwork], int],
+    tries: int = 6,
 ) -> tuple[dict[str, int], QuantizedNetwork]:
     """The least harm whose whole file, by `size` of the network that `build` makes, takes at most `target` bytes.
+    start: a network with the activations of that file, whatever its layers.
 
     The bytes the rows do not count (header, grids, coder's tables) are estimated by packing the table's layers without
     a new calibration; if the built network is still too large, the budget shrinks by the excess, down to the smallest
     choice. UserError where the target is out of reach."""
-    start = float_network(network)
 
     def rest(bits: Mapping[str, int]) -> int:
         layers = {name: table[name][b].layer for name, b in bits.items()}

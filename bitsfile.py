@@ -38,7 +38,7 @@ def read(path: Path) -> tuple[dict[str, int], dict[str, int]]:
         document, twice = node and loader.construct_document(node), repeated(node)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--bits-file {path} cannot be read ({error}); make one with --target-size-mb") from None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # of a date that is none, of [[[[...
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError, RecursionError) as error:  # a bad date, [[[[...
         raise UserError(f"--bits-file {path} is not YAML ({error}); expected layers: and activations:") from None
     if twice:
         raise UserError(f"--bits-file {path} has {twice} twice; remove one of them")

@@ -6,7 +6,8 @@ holds one JSON manifest:
     codes        uint8    every layer's codes at its own width (`pack_bits`), each layer starting on a byte boundary
     stream       uint8    with entropy coding: the layers it makes smaller (entropy.py); tables: their frequencies
     scales       float16  [out] a layer, or [1] per tensor
-    zero_points  uint8    packed like the codes; omitted for layers whose zero-points are all 2^(b-1)
+    zero_points  uint8    packed like the codes, in half steps with b + 1 bits where one lies between two codes; omitted
+                          for layers whose zero-points are all 2^(b-1)
     biases       float16  of the quantized layers
     floats       float32  weight, then bias, of every layer that stays in FP32
     grids        uint8    4 bytes per activation: bits (0: FP32), zero-point, scale (float16, little-endian)
@@ -41,7 +42,8 @@ from quantization import BIAS_FRACTION_BITS, Grid, Layer, QuantizedNetwork
 from sizes import LayerSize, SizeReport, activation_sizes, fp32_state_bytes, shared_out
 
 FORMAT = "mobilenetv2-cifar-packed"
-VERSIONS = {1: 0, 2: BIAS_FRACTION_BITS}  # version of the format → the network's bias_fraction_bits
+# Version of the format → the network's bias_fraction_bits. Since version 3 zero-points may lie between codes.
+VERSIONS = {1: 0, 2: BIAS_FRACTION_BITS, 3: BIAS_FRACTION_BITS}
 MARK = b'{\\"sha256\\":\\"'  # the manifest begins with its digest; quotes are escaped, for it is JSON within JSON
 BLANK = b"0" * 64
 MOST_HEADER_BYTES, MOST_BYTES = 2**20, 2**31  # larger files cannot be ours and are not read
@@ -57,12 +59,13 @@ MOST_CODES = 2**26  # upper bound on decoded codes (a few bytes can decode to an
 @dataclass(frozen=True)
 class LayerFormat:
     """What the manifest says of one layer. bits: 0 for FP32. per_channel: a scale for each output channel. middle: all
-    zero-points are 2^(b-1) and left out. coded: bytes in the entropy coder's stream, None where the codes are packed
-    in `codes`."""
+    zero-points are 2^(b-1) and left out. halves: zero-points are in half steps. coded: bytes in the entropy coder's
+    stream, None where the codes are packed in `codes`."""
 
     bits: int
     per_channel: bool = False
     middle: bool = False
+    halves: bool = False
     coded: int | None = None
 
 
@@ -100,21 +103,16 @@ def save_packed(network: QuantizedNetwork, path: Path, info: Mapping[str, Any], 
 
 def load_packed(path: Path) -> tuple[QuantizedNetwork, dict[str, Any]]:
     """(network, info) of a packed file; the network's logits are bit for bit those of the one that was saved.
-
-    UserError, one line, for a file that is missing, damaged, edited, or not a packed model."""
-    packed = read(path)
+    UserError as in `read_packed`."""
+    packed = read_packed(path)
     return packed.network, packed.info
-
-
-def packed_sizes(path: Path) -> SizeReport:
-    """The SizeReport of an existing file, equal to the one `save_packed` returned."""
-    return size_report(read(path))
 
 
 def from_zero_point(codes: Tensor, grid: Grid, direction: int) -> Tensor:
     """Codes [out, k] minus (direction -1) or plus (+1: the inverse) their channel's zero-point, modulo 2^b: with the
-    zeros of all channels aligned, a layer's codes are distributed more narrowly and one table serves all channels."""
-    zero_points = grid.zero_point.cpu().reshape(-1, 1)
+    zeros of all channels aligned, a layer's codes are distributed more narrowly and one table serves all channels. Of a
+    zero-point between two codes the lower one counts."""
+    zero_points = grid.zero_point.cpu().floor().int().reshape(-1, 1)
     return ((codes.int() + direction * zero_points) & grid.highest).to(torch.uint8)
 
 
@@ -142,7 +140,7 @@ def to_blobs(
         parts["scales"].append(exact_half(grid.scale, f"{op.name}: scales"))
         parts["biases"].append(exact_half(layer.bias, f"{op.name}: biases"))
         if not form.middle:
-            parts["zero_points"].append(pack_bits(zero_codes(grid), grid.bits))
+            parts["zero_points"].append(pack_bits(zero_codes(grid), grid.bits + form.halves))
     blobs = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
     smaller = {name: deflated_blob(blobs[name]) for name in DEFLATED if entropy and name in blobs}
     smaller = {name: blob for name, blob in smaller.items() if len(blob) < blobs[name].nbytes}
@@ -169,7 +167,7 @@ def layer_format(layer: Layer, entropy: bool) -> tuple[LayerFormat, np.ndarray |
         coded = math.ceil(entropy_coder.coded_bytes(symbols, grid.bits))
         if coded >= packed_bytes(len(symbols), grid.bits):
             coded = symbols = None
-    return LayerFormat(grid.bits, grid.scale.ndim == 1, middle, coded), symbols
+    return LayerFormat(grid.bits, grid.scale.ndim == 1, middle, grid.parts == 2, coded), symbols
 
 
 def deflated_blob(blob: Tensor) -> Tensor:
@@ -190,18 +188,19 @@ def exact_half(x: Tensor, what: str) -> Tensor:
 
 
 def zero_codes(grid: Grid) -> Tensor:
-    """Zero-points as uint8 [n]; ValueError where one is not a code."""
+    """Zero-points as uint8 [n], in half steps where one lies between two codes; ValueError where one is not on its
+    grid."""
     flat = grid.zero_point.cpu().reshape(-1)
-    if int(flat.min()) < 0 or int(flat.max()) > grid.highest:
+    if float(flat.min()) < 0 or float(flat.max()) > grid.highest:
         raise ValueError("a zero-point is not a code of its grid")
-    return flat.to(torch.uint8)
+    return (flat * grid.parts).to(torch.uint8)
 
 
 def pack_grid(grid: Grid | None) -> bytes:
     if grid is None:
         return bytes(4)
-    if not 1 <= grid.bits <= 8 or grid.scale.ndim:
-        raise ValueError("activations take one grid of 1 to 8 bits a tensor")
+    if not 1 <= grid.bits <= 8 or grid.scale.ndim or grid.parts > 1:
+        raise ValueError("activations take one grid of 1 to 8 bits a tensor, its zero-point a code")
     scale = float(exact_half(grid.scale, "an activation's scale"))
     return struct.pack("<BBe", grid.bits, int(zero_codes(grid)), scale)
 
@@ -210,12 +209,12 @@ def unpack_grid(content: bytes) -> Grid | None:
     bits, zero_point, scale = struct.unpack("<BBe", content)
     if bits == 0 and content == bytes(4):
         return None
-    return checked(Grid(bits, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)))
+    return checked(Grid(bits, torch.tensor(scale), torch.tensor(float(zero_point))))
 
 
 def checked(grid: Grid) -> Grid:
     """The grid, if it is one: else ValueError."""
-    inside = 1 <= grid.bits <= 8 and int(grid.zero_point.max()) <= grid.highest
+    inside = 1 <= grid.bits <= 8 and float(grid.zero_point.max()) <= grid.highest
     if not inside or not bool(((grid.scale > 0) & grid.scale.isfinite()).all()):
         raise ValueError("a grid out of range")
     return grid
@@ -228,13 +227,17 @@ def as_bytes(content: bytes) -> Tensor:
 def manifest(
     network: QuantizedNetwork, formats: Sequence[LayerFormat], deflated: Sequence[str], info: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """bits, per_channel, middle: one digit a layer. coded, deflated: present where there is something to say."""
-    digits = {key: "".join(str(int(getattr(p, key))) for p in formats) for key in ("bits", "per_channel", "middle")}
+    """bits, per_channel, middle, halves: one digit a layer. halves, coded, deflated: present where there is something
+    to say."""
+    halves = any(form.halves for form in formats)
+    names = ("bits", "per_channel", "middle", *(["halves"] if halves else []))
+    digits = {key: "".join(str(int(getattr(p, key))) for p in formats) for key in names}
+    version = next(v for v, bits in VERSIONS.items() if bits == network.bias_fraction_bits and (v > 2 or not halves))
     coded = [form.coded for form in formats]
     return {
         "sha256": BLANK.decode(),
         "format": FORMAT,
-        "version": next(v for v, bits in VERSIONS.items() if bits == network.bias_fraction_bits),
+        "version": version,
         "architecture": asdict(network.architecture),
         "normalization": asdict(network.normalization),
         **digits,
@@ -246,13 +249,14 @@ def manifest(
 
 def read_formats(document: Mapping[str, Any]) -> tuple[LayerFormat, ...]:
     """The inverse of `manifest` for its layers; ValueError, KeyError or TypeError where they are not what it wrote."""
-    allowed = {"bits": "012345678", "per_channel": "01", "middle": "01"}
+    allowed = {"bits": "012345678", "per_channel": "01", "middle": "01", "halves": "01"}
+    document = {"halves": "0" * len(document["bits"]), **document}
     columns = [[digits.index(digit) for digit in document[key]] for key, digits in allowed.items()]
     coded = document.get("coded", [None] * len(columns[0]))
     if not all(length is None or (type(length) is int and length >= 0) for length in coded):
         raise ValueError("coded lengths out of range")
     rows = zip(*columns, coded, strict=True)
-    return tuple(LayerFormat(bits, bool(channel), bool(middle), length) for bits, channel, middle, length in rows)
+    return tuple(LayerFormat(bits, bool(c), bool(m), bool(h), length) for bits, c, m, h, length in rows)
 
 
 def serialise(document: Mapping[str, Any], blobs: Mapping[str, Tensor]) -> bytes:
@@ -278,8 +282,10 @@ def sign(content: bytes) -> bytes:
     return content[:at] + hashlib.sha256(blank).hexdigest().encode() + content[at + 64 :]
 
 
-def read(path: Path) -> Packed:
-    """The file's content, all of it checked. UserError as in `load_packed`."""
+def read_packed(path: Path) -> Packed:
+    """The file's content, all of it checked; its `size_report` is the one that `save_packed` returned.
+
+    UserError, one line, for a file that is missing, damaged, edited, or not a packed model."""
     content = read_bytes(Path(path))
     if sign(content) != content:
         raise UserError(f"{path} is damaged or was edited (checksum mismatch); pack the model again")
@@ -379,10 +385,11 @@ def read_grid(blobs: Blobs, form: LayerFormat, out: int) -> Grid:
     """A layer's weight grid."""
     channels = out if form.per_channel else 1
     scale = blobs.take("scales", channels, torch.float16).float()
-    zeros = torch.full((channels,), 2 ** (form.bits - 1), dtype=torch.int32)
+    zeros = torch.full((channels,), 2.0 ** (form.bits - 1))
     if not form.middle:
-        packed = blobs.take("zero_points", packed_bytes(channels, form.bits), torch.uint8)
-        zeros = unpack_bits(packed, form.bits, channels).int()
+        bits = form.bits + form.halves
+        packed = blobs.take("zero_points", packed_bytes(channels, bits), torch.uint8)
+        zeros = unpack_bits(packed, bits, channels).float() / (1 + form.halves)
     return checked(Grid(form.bits, scale, zeros) if form.per_channel else Grid(form.bits, scale[0], zeros[0]))
 
 
@@ -424,5 +431,5 @@ def layer_size(op: Op, layer: Layer, form: LayerFormat) -> LayerSize:
         return LayerSize(op.name, op.kind, count, 32, 0, 0, 0, 4 * (count + out))
     channels = out if form.per_channel else 1
     codes = packed_bytes(count, form.bits) if form.coded is None else form.coded
-    zeros = 0 if form.middle else packed_bytes(channels, form.bits)
+    zeros = 0 if form.middle else packed_bytes(channels, form.bits + form.halves)
     return LayerSize(op.name, op.kind, count, form.bits, codes, 2 * channels, zeros, 2 * out)

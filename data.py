@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import UserError, reason
-from files import obstacle, write_bytes
+from files import locked, obstacle, write_bytes
 from vision import import_torchvision
 
 DATASETS = ("cifar10", "cifar100", "folder", "digits")
@@ -176,12 +176,16 @@ def read_cifar(name: str, root: Path) -> Dataset:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     new = not root.exists()
     try:
-        with warnings.catch_warnings(), network_timeout():
+        with warnings.catch_warnings(), network_timeout(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")
+            with contextlib.suppress(UserError):  # a read-only folder
+                stack.enter_context(locked(root / kind.filename, wait=True))  # of several programs one downloads
             parts = [kind(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision lets URLError, RuntimeError, tarfile and zlib errors through
-        if new:  # torchvision made it; a mistyped name leaves no folder
+        if new:  # it was made here; a mistyped name leaves no folder
             with contextlib.suppress(OSError):
+                for lock in root.glob(".*.lock"):
+                    lock.unlink()
                 root.rmdir()
         archive, why = root / kind.filename, f"{type(error).__name__}: {reason(error)}"
         if archive.is_file() and not datasets.utils.check_integrity(str(archive), kind.tgz_md5):

@@ -11,8 +11,9 @@ in the accumulator here has no quantizer there either. Logits may differ in the 
 more coarsely (`weight_and_bias`), and a tie may be rounded the other way.
 
 Weights are int8, one byte each, whatever their bits: code - zero_point fits, so that they need no zero-points and the
-fast kernels take them. Asymmetric 8-bit weights are the exception: they become uint8 with a zero-point per channel,
-which onnxruntime computes correctly but slowly; quantize with --symmetric for speed.
+fast kernels take them (in half steps where a zero-point lies between two codes). Asymmetric 8-bit weights are the
+exception: they become uint8 with a zero-point per channel, which onnxruntime computes correctly but slowly; quantize
+with --symmetric for speed.
 """
 
 if __name__ == "__main__":
@@ -22,7 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,11 +65,11 @@ def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     if settings.packed is None:
         raise UserError("--packed is missing; give a file that test.py --save-packed or train.py --qat wrote")
+    network, info = load_packed(settings.packed)
     output = settings.output or settings.packed.with_suffix(".onnx")
     if same_file(settings.packed, output):
         raise UserError(f"--output is {output}, which is read here; give it another name")
     check_writable(output)
-    network, info = load_packed(settings.packed)
     model = to_onnx(network, settings.four_bit, {"classes": json.dumps(info.get("classes") or ())})
     write_bytes(output, model.SerializeToString(deterministic=True))
     sizes = [path.stat().st_size / 1e6 for path in (output, settings.packed)]
@@ -181,16 +182,18 @@ def weight_and_bias(graph: Graph, name: str, layer: Layer, input_scale: float | 
     grid = layer.grid
     if grid is None:
         return [graph.constant(f"{name}/weight", layer.codes), graph.constant(f"{name}/bias", layer.bias)]
-    centred = layer.codes.int() - grid.shaped(layer.codes.ndim)[1]
-    if four_bit and grid.bits <= 4:
-        kind, codes, zero_points, shift = "UINT4", layer.codes.int(), grid.zero_point, 4 - grid.bits
+    zero_points, codes = (grid.zero_point * grid.parts).int(), layer.codes.int() * grid.parts
+    centred = codes - replace(grid, zero_point=zero_points).shaped(codes.ndim)[1]
+    bits = grid.bits + grid.parts - 1  # of half steps, where a zero-point lies between two codes
+    if four_bit and bits <= 4:
+        kind, shift = "UINT4", 4 - bits
     elif -128 <= centred.min() and centred.max() <= 127:
         room = [k for k in range(8) if int(centred.abs().max()) << k <= SAFE_CODE]
-        kind, codes, zero_points, shift = "INT8", centred, torch.zeros_like(grid.zero_point), max(room, default=0)
+        kind, codes, zero_points, shift = "INT8", centred, torch.zeros_like(zero_points), max(room, default=0)
     else:
-        kind, codes, zero_points, shift = "UINT8", layer.codes.int(), grid.zero_point, 0
+        kind, shift = "UINT8", 0
     axis = {"axis": 0} if grid.scale.ndim else {}
-    scale = grid.scale / 2**shift
+    scale = grid.scale / grid.parts / 2**shift
     weight = [graph.codes(f"{name}/codes", codes << shift, kind), graph.constant(f"{name}/scale", scale)]
     weight.append(graph.codes(f"{name}/zero_point", zero_points << shift, kind))
     if input_scale is None or kind == "UINT4":

@@ -124,9 +124,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_between(path: Path, begin: str, end: str, content: str) -> None:
-    """Puts `content` between the lines `begin` and `end` of a text file; at its end, with them, where it has none."""
+    """Puts `content` between the lines `begin` and `end` of a text file; at its end, with them, where it has none.
+    UserError where `begin` stands there without `end`: what would be replaced is unknown."""
     old = path.read_text() if path.exists() else ""
     before, found, rest = old.partition(begin)
+    if found and end not in rest:
+        raise UserError(f"{path} has the line {begin!r} but not {end!r} after it; put it back")
     after = rest.partition(end)[2] if found else "\n"
     if not found and before:
         before = before.rstrip() + "\n\n"

@@ -18,7 +18,7 @@ class Interrupted(Exception):
 @contextlib.contextmanager
 def signals_caught() -> Iterator[list[int]]:
     """A list that Ctrl-C and SIGTERM add their number to, instead of ending the program; a second Ctrl-C ends the
-    program."""
+    program. A signal that the parent process had ignored stays so."""
     received: list[int] = []
 
     def receive(number: int, _: FrameType | None) -> None:
@@ -29,7 +29,8 @@ def signals_caught() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield received
         return
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, receive) for number in heard}
     try:
         yield received
     finally:

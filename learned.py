@@ -1,27 +1,26 @@
 """A quantized network with gradients: codes, step sizes and biases as parameters, for reconstruction.py and qat.py.
 
 A forward pass computes what integer hardware will compute, except for ties that float32 breaks the other way: codes are
-rounded to whole numbers, scales to float16, biases to float16 and to whole multiples of (weight scale x input scale).
-Backwards, rounding counts as the identity
-(straight-through estimator: Bengio et al. 2013).
+rounded to levels, scales to float16, biases to float16 and to the units of the integer sums. Backwards, rounding counts
+as the identity (straight-through estimator: Bengio et al. 2013).
 
 Weights: w = s * clip(round(v), low, high) with v in units of the step s, so that all weights move at the same rate
 under Adam (channels of a folded network differ in scale by a factor of a hundred). dL/dv = s dL/dw, dL/ds = sum u
-dL/dw.
+dL/dw. Weights that stay in FP32 are learned in units of about a step of 8 bits, for the same reason.
 
 Activations: learned step size quantization, LSQ (Esser et al. 2020, equations 1-3): y = s * clip(round(x / s)),
 with dy/ds = round(x / s) - x / s inside the range, and the bound itself outside. Scales are learned as logarithms, so
 that one learning rate fits all. Zero-points stay what calibration chose.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from network import INPUT, Network, Op, apply_float, relu6, walk
+from network import INPUT, Network, Op, apply_float, walk
 from quantization import (
     Grid,
     Layer,
@@ -29,12 +28,12 @@ from quantization import (
     fraction_factor,
     largest_pixel,
     largest_sum,
+    nearest_level,
     round_bias,
     round_scale,
 )
 
 MARGIN = 0.45  # how far from its code a latent code may start, in steps; at 0.5 it would be another code
-Drop = Callable[[Tensor, Tensor], Tensor]
 
 
 class LearnedNetwork(nn.Module):
@@ -46,16 +45,18 @@ class LearnedNetwork(nn.Module):
     def __init__(self, network: Network, start: QuantizedNetwork) -> None:
         super().__init__()
         self.start = start
-        self.caps = dict(network.caps)
         self.architecture = start.architecture  # as the FP32 network has it: train.py tells and saves it
         by_name = {op.name: op for op in start.ops}
         self.sources = {op.name: by_name.get(op.inputs[0]) for op in start.ops}  # of each first input; None: the image
         self.latent, self.biases = nn.ParameterDict(), nn.ParameterDict()
         self.weight_scales, self.value_scales = nn.ParameterDict(), nn.ParameterDict()
+        self.parts = {name: layer.grid.parts for name, layer in start.layers.items() if layer.grid}
         for name, layer in start.layers.items():
             self.latent[key(name)] = latent_codes(network.weights[name], layer)
             self.biases[key(name)] = layer.bias.clone()
-            if layer.grid:
+            if layer.grid is None:
+                self.register_buffer(f"unit/{key(name)}", unit_of(layer.codes), persistent=False)
+            else:
                 self.weight_scales[key(name)] = layer.grid.scale.log()
                 for which, end in zip(("low", "high"), code_ends(layer.grid, layer.codes.ndim), strict=True):
                     self.register_buffer(f"{which}/{key(name)}", end, persistent=False)  # moves with the parameters
@@ -72,29 +73,22 @@ class LearnedNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self.start.ops, x)
 
-    def run(self, ops: Sequence[Op], x: Tensor, drop: Drop | None = None) -> Tensor:
-        """The value of the last of `ops`, from x in place of INPUT. drop(real, quantized): a mix of both, for all
-        values but the last."""
+    def run(self, ops: Sequence[Op], x: Tensor) -> Tensor:
+        """The value of the last of `ops`, from x in place of INPUT."""
+        return walk(ops, x, self.apply_op)
 
-        def do(op: Op, inputs: list[Tensor]) -> Tensor:
-            return self.apply_op(op, inputs, None if op is ops[-1] else drop)
-
-        return walk(ops, x, do)
-
-    def apply_op(self, op: Op, inputs: Sequence[Tensor], drop: Drop | None = None) -> Tensor:
+    def apply_op(self, op: Op, inputs: Sequence[Tensor]) -> Tensor:
         weight, bias = self.weight_and_bias(op) if op.has_weight else (None, None)
         if op.name not in self.value_ends:
             return apply_float(op, inputs, weight, bias)
-        y = before_relu6(op, inputs, weight, bias)
-        quantized = Quantize.apply(y, self.value_scale(op), *self.value_ends[op.name])
-        return drop(relu6(y, self.caps.get(op.name)) if op.relu6 else y, quantized) if drop else quantized
+        return Quantize.apply(before_relu6(op, inputs, weight, bias), self.value_scale(op), *self.value_ends[op.name])
 
     def weight_and_bias(self, op: Op) -> tuple[Tensor, Tensor]:
         """As real numbers. The bias is a whole multiple of the unit of the integer sums (`quantization.prepare`)."""
         bias = self.biases[key(op.name)]
         scale = self.weight_scale(op.name)
         if scale is None:
-            return self.latent[key(op.name)], bias
+            return self.latent[key(op.name)] * self.get_buffer(f"unit/{key(op.name)}"), bias
         codes = self.codes(op.name)
         weight = codes * scale.view(-1, *(1,) * (codes.ndim - 1))
         bias = straight_through(bias, bias.half().float())
@@ -105,14 +99,16 @@ class LearnedNetwork(nn.Module):
     def on_the_sums_grid(self, op: Op, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         """The bias as integer execution adds it to sums of `codes`."""
         input_scale, end = self.input_grid(op)
-        unit = scale * input_scale
-        unit = unit / fraction_factor(largest_sum(codes, bias / unit, end), self.start.bias_fraction_bits)
+        parts = self.parts[op.name]
+        unit = scale / parts * input_scale
+        unit = unit / fraction_factor(largest_sum(codes * parts, bias / unit, end), self.start.bias_fraction_bits)
         return (bias / unit).round() * unit
 
     def codes(self, name: str) -> Tensor:
         """The hard codes of a layer, zero-point taken off, as real numbers with straight-through gradients."""
-        latent = self.latent[key(name)]
-        return straight_through(latent, torch.clamp(latent.round(), *self.code_ends(name)))
+        latent, (low, high) = self.latent[key(name)], self.code_ends(name)
+        beside = -low % 1 if self.parts[name] > 1 else None
+        return straight_through(latent, torch.clamp(nearest_level(latent, beside), low, high))
 
     def code_ends(self, name: str) -> tuple[Tensor, Tensor]:
         return self.get_buffer(f"low/{key(name)}"), self.get_buffer(f"high/{key(name)}")
@@ -153,7 +149,8 @@ class LearnedNetwork(nn.Module):
     def layer(self, name: str) -> Layer:
         before, bias = self.start.layers[name], self.biases[key(name)].detach().cpu()
         if before.grid is None:
-            return Layer(self.latent[key(name)].detach().cpu(), None, bias)
+            weight = self.latent[key(name)] * self.get_buffer(f"unit/{key(name)}")
+            return Layer(weight.detach().cpu(), None, bias)
         grid = replace(before.grid, scale=self.weight_scale(name).detach().cpu())
         _, zero_point = grid.shaped(before.codes.ndim)
         codes = self.codes(name).detach().cpu() + zero_point
@@ -176,19 +173,26 @@ def key(name: str) -> str:
 
 
 def latent_codes(weight: Tensor, layer: Layer) -> Tensor:
-    """Real codes v, zero-point taken off, that round to the layer's codes and lie towards the FP32 weight."""
+    """Real codes v, zero-point taken off, that round to the layer's codes and lie towards the FP32 weight; of a layer
+    in FP32 the weight in its units."""
     if layer.grid is None:
-        return layer.codes.clone()
+        return layer.codes / unit_of(layer.codes)
     scale, zero_point = layer.grid.shaped(weight.ndim)
     codes = layer.codes.float() - zero_point
     low, high = code_ends(layer.grid, weight.ndim)
     return torch.clamp(codes + (weight / scale - codes).clamp(-MARGIN, MARGIN), low, high).contiguous()
 
 
+def unit_of(weight: Tensor) -> Tensor:
+    """[out, 1, ...]: for each channel the power of two next to a step of 8 bits, so that nothing is rounded."""
+    largest = weight.abs().flatten(1).amax(1).clamp(min=2.0**-100).view(-1, *(1,) * (weight.ndim - 1))
+    return largest / torch.frexp(largest).mantissa / 128
+
+
 def code_ends(grid: Grid, ndim: int) -> tuple[Tensor, Tensor]:
     """Lowest and highest code, zero-point taken off, to broadcast over `ndim` dimensions."""
     _, zero_point = grid.shaped(ndim)
-    return -zero_point.float(), (grid.highest - zero_point).float()
+    return -zero_point, grid.highest - zero_point
 
 
 class StraightThrough(torch.autograd.Function):

@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import allocation
-from calibration import Plan, quantize_network
+from calibration import Plan, activation_grids, observe, quantize_network
 from evaluation import Score
 from network import Network, value_sizes
 from quantization import QuantizedNetwork, float_network
 
+PlanOf = Callable[[dict[str, int], dict[str, int]], Plan]
 Progress = Callable[[Network], AbstractContextManager[Callable[[str], None]]]  # gives a function called at each layer
 
 
@@ -61,12 +62,14 @@ class Measures:
 
 
 def search(
-    network: Network, images: Tensor, plan: Plan, target: Target, measures: Measures, progress: Progress
+    network: Network, images: Tensor, plan_of: PlanOf, target: Target, measures: Measures, progress: Progress
 ) -> Found:
     """Activations first, then layers, each if the target asks for it. images: uint8 [N, 3, 32, 32], for calibration.
+    plan_of(bits of layers, bits of values): the plan that these bits have when they are read from a file.
 
     UserError where no bits meet the target."""
     notes: tuple[str, ...] = ()
+    plan = plan_of({}, {})
     if target.values:
         plan = allocation.with_value_bits(network, images, plan, target.activation_bits)
         mean = allocation.mean_bits(plan.value_bits, value_sizes(network.ops, network.weights))
@@ -74,19 +77,22 @@ def search(
 
     def build(bits: dict[str, int]) -> QuantizedNetwork:
         with progress(network) as on_layer:
-            return quantize_network(network, images, replace(plan, layer_bits=bits), on_layer)
+            return quantize_network(network, images, plan_of(bits, dict(plan.value_bits)), on_layer)
 
     if not target.layers:
-        return Found(plan, build({}), notes)
+        return Found(plan_of({}, dict(plan.value_bits)), build({}), notes)
     with progress(network) as on_layer:
         table = allocation.sensitivities(network, images, plan, entropy=measures.entropy, on_layer=on_layer)
     if target.size_mb:
-        bits, quantized = allocation.fit_size(network, table, int(target.size_mb * 1e6), build, measures.size)
+        start = float_network(network)
+        if plan.activation_bits:
+            start = replace(start, activations=activation_grids(network, observe(network, images), plan))
+        bits, quantized = allocation.fit_size(start, table, int(target.size_mb * 1e6), build, measures.size)
     else:
         bits, quantized, told = within_drop(network, table, target.drop, build, measures)
         notes += (told,)
     notes += (f"Packed file: {measures.size(quantized)} bytes.",)
-    return Found(replace(plan, layer_bits=bits), quantized, notes)
+    return Found(plan_of(bits, dict(plan.value_bits)), quantized, notes)
 
 
 def within_drop(

@@ -68,16 +68,14 @@ def clock_text(seconds: float) -> str:
     return tqdm.format_interval(max(0.0, seconds))
 
 
-def new_bar(disable: bool | None = None) -> tqdm:
-    """A bar from 0 to 100 %, for `show`; by default it is hidden if stderr is not a terminal."""
+def new_bar() -> tqdm:
+    """A bar from 0 to 100 %, for `show`; hidden if stderr is not a terminal."""
     layout = "{percentage:3.0f} %|{bar:30}| {elapsed}{postfix}"
-    return tqdm(total=100.0, bar_format=layout, miniters=0, mininterval=0.2, disable=disable)
+    return tqdm(total=100.0, bar_format=layout, miniters=0, mininterval=0.2, disable=None)
 
 
 def show(bar: tqdm, share: float, left: float | None, note: str) -> None:
     """Moves the bar to `share` (0 to 1) and shows the seconds left and a note, at most five times a second."""
-    if bar.disable:
-        return
     bar.n = 100.0 * min(share, 1.0)
     bar.set_postfix_str(f"{clock_text(left)} left, {note}" if left is not None else note, refresh=False)
     bar.update(0)

@@ -1,8 +1,10 @@
 """Uniform quantization from scratch: grids, codes, range finding, and a network that runs on integer codes.
 
 A grid is (bits, scale, zero-point): code q in 0 .. 2^bits - 1 stands for the real number scale * (q - zero_point)
-(Jacob et al. 2018, equation 1). Weights have one grid per output channel or one per tensor, activations one per tensor.
-Choosing a grid (`weight_grid`, `activation_grid`) is separate from applying it (`quantize`, `dequantize`).
+(Jacob et al. 2018, equation 1). A weight's zero-point may lie halfway between two codes: where there are only two or
+four levels, an exact 0 among them is often a level badly spent. Weights have one grid per output channel or one per
+tensor, activations one per tensor. Choosing a grid (`weight_grid`, `activation_grid`) is separate from applying it
+(`quantize`, `dequantize`).
 
 `integer_forward` runs a quantized network on the codes themselves, held in float32: sums of products of integers are
 exact there below 2^24, so with both weights and activations quantized the result is that of int32 hardware, to the last
@@ -36,7 +38,8 @@ ACTIVATION_RANGES = ("minmax", "percentile", "mse")
 
 @dataclass(frozen=True)
 class Grid:
-    """scale: float32 [] or [channels], exactly representable in float16; zero_point: int32, same shape, a code."""
+    """scale: float32 [] or [channels], exactly representable in float16; zero_point: float32, same shape, a code or (of
+    weights) halfway between two."""
 
     bits: int
     scale: Tensor
@@ -45,6 +48,11 @@ class Grid:
     @property
     def highest(self) -> int:
         return 2**self.bits - 1
+
+    @property
+    def parts(self) -> int:
+        """Parts of a step of which every level is a whole number: 2 if a zero-point lies between two codes, else 1."""
+        return 1 if aside(self.zero_point) is None else 2
 
     def shaped(self, ndim: int) -> tuple[Tensor, Tensor]:
         """(scale, zero_point) with trailing dimensions added, to broadcast over a tensor [channels, ...] of `ndim`."""
@@ -66,9 +74,9 @@ def make_grid(bits: int, low: Tensor, high: Tensor, symmetric: bool = False) -> 
     if symmetric:
         middle = 2 ** (bits - 1)
         scale = round_scale(within_half(torch.maximum(-low, high) / (middle - 1), "scale"))
-        return Grid(bits, scale, torch.full_like(scale, middle, dtype=torch.int32))
+        return Grid(bits, scale, torch.full_like(scale, middle))
     scale = round_scale(within_half((high - low) / highest, "scale"))
-    return Grid(bits, scale, (-low / scale).round().clamp(0, highest).int())
+    return Grid(bits, scale, (-low / scale).round().clamp(0, highest))
 
 
 def round_scale(scale: Tensor) -> Tensor:
@@ -93,10 +101,21 @@ def within_half(numbers: Tensor, what: str) -> Tensor:
     return numbers
 
 
+def aside(zero_point: Tensor) -> Tensor | None:
+    """How far the levels q - zero_point lie beside the whole numbers, 0 or 1/2 each; None where all are whole."""
+    part = zero_point % 1
+    return part if part.any() else None
+
+
+def nearest_level(x: Tensor, beside: Tensor | None) -> Tensor:
+    """x, in steps of a grid, moved to the nearest whole number, or the nearest one that lies `beside` (`aside`) it."""
+    return x.round() if beside is None else (x + beside).round() - beside
+
+
 def quantize(x: Tensor, grid: Grid) -> Tensor:
     """Codes, uint8, of x's shape: the nearest grid point, ties to even, clipped to the grid's ends."""
     scale, zero_point = grid.shaped(x.ndim)
-    return ((x / scale).round() + zero_point).clamp(0, grid.highest).to(torch.uint8)
+    return (nearest_level(x / scale, aside(zero_point)) + zero_point).clamp(0, grid.highest).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
@@ -108,7 +127,7 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """x moved to the grid: `dequantize(quantize(x))` without the detour over integers."""
     scale, zero_point = grid.shaped(x.ndim)
-    return (x / scale).round().clamp(-zero_point, grid.highest - zero_point) * scale
+    return nearest_level(x / scale, aside(zero_point)).clamp(-zero_point, grid.highest - zero_point) * scale
 
 
 # ------------------------------------------------------------------------------------------------- choosing the grids
@@ -304,7 +323,7 @@ def prepare(network: QuantizedNetwork, device: torch.device | str = "cpu") -> li
         weight, bias, factor, largest = layer.weight.double(), layer.bias.double(), None, 0.0
         integer = bool(network.activations)
         if integer:
-            layer_scale = layer.grid.scale.double() if layer.grid else torch.ones((), dtype=torch.float64)
+            layer_scale = layer.grid.scale.double() / layer.grid.parts if layer.grid else torch.ones(()).double()
             layer_scale = layer_scale.expand(len(bias))
             weight = weight / layer_scale.view(-1, *(1,) * (weight.ndim - 1))
             bias = bias / (layer_scale * inputs[0])

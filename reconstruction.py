@@ -10,9 +10,8 @@ Codes: AdaRound (Nagel et al. 2020, equation 21) lets each code move softly betw
 Coordinate descent's codes are often further away, and depend on each other: a soft start between neighbours loses them,
 and a short run does not recover them. So each code is a latent number v that rounds to the initial code, offset towards
 the FP32 weight, and is trained with straight-through gradients: training begins at exactly the initial loss, and a code
-may move as far as it helps. Scales of weights and values are learned (LSQ: Esser et al. 2020; see learned.py). Each
-number inside a block, and of its input, may stay real with probability `drop` (QDrop: Wei et al. 2022, section 4.2).
-The paper trains for many thousand steps; in a few hundred it makes each step slower and showed no clear gain.
+may move as far as it helps. Scales of weights and values are learned (LSQ: Esser et al. 2020; see learned.py).
+Leaving numbers real at random (QDrop: Wei et al. 2022, section 4.2) showed no clear gain in a few hundred steps.
 
 `tune` is the last stage alone, from any start.
 
@@ -47,7 +46,6 @@ class Reconstruction:
     held_out: float = 0.125
     code_rate: float = 0.005
     scale_rate: float = 0.003
-    drop: float = 0.0
     seed: int = 0
 
 
@@ -70,11 +68,10 @@ def reconstruct(
     generator = torch.Generator().manual_seed(settings.seed)
     whole = whole_network(network, start, images, settings)
     model, held_out, loss_of_start = whole.model, whole.held_out, whole.hard_loss()
-    exact = quantized = whole.quantized
+    exact = quantized = whole.inputs
     for ops in blocks(network.ops):
         target = in_chunks(lambda x, ops=ops: run_ops(network, ops, x), exact)
-        loss = relative_error(target)
-        stage = Stage(model, ops, quantized, exact, target, loss, held_out, settings.iterations, settings.drop)
+        stage = Stage(model, ops, quantized, target, relative_error(target), held_out, settings.iterations)
         on_stage(ops[-1].name, *improve(stage, settings, generator))
         exact, quantized = target, in_chunks(lambda x, ops=ops: model.run(ops, x), quantized)
         for op in ops:
@@ -101,25 +98,23 @@ def tune(
 
 @dataclass(frozen=True)
 class Stage:
-    """What is improved at once: operations `ops` of the model, from `quantized` inputs (mixed with `exact` ones)
-    towards `target`, all [N, ...]; loss(results, targets) is a mean over images. The last `held_out` ones decide.
+    """What is improved at once: operations `ops` of the model, from the quantized network's `inputs` towards `target`,
+    both [N, ...]; loss(results, targets) is a mean over images. The last `held_out` ones decide.
     with_codes: whether codes may move; with few images the logits alone do not determine them well."""
 
     model: LearnedNetwork
     ops: tuple[Op, ...]
-    quantized: Tensor
-    exact: Tensor
+    inputs: Tensor
     target: Tensor
     loss: Loss
     held_out: int
     iterations: int
-    drop: float
     with_codes: bool = True
 
     @torch.no_grad()
     def hard_loss(self) -> float:
         """The loss of the network as it would be packed, over the held-out images."""
-        pairs = zip(*(t[-self.held_out :].split(CACHE_IMAGES) for t in (self.quantized, self.target)), strict=True)
+        pairs = zip(*(t[-self.held_out :].split(CACHE_IMAGES) for t in (self.inputs, self.target)), strict=True)
         return sum(float(self.loss(self.model.run(self.ops, x), t)) * len(x) for x, t in pairs) / self.held_out
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -137,7 +132,7 @@ def whole_network(network: Network, start: QuantizedNetwork, images: Tensor, set
     first = network.normalization(images)
     logits = in_chunks(lambda x: run_ops(network, network.ops, x), first)
     steps = settings.network_iterations
-    return Stage(model, network.ops, first, first, logits, divergence, held_out, steps, drop=0.0, with_codes=False)
+    return Stage(model, network.ops, first, logits, divergence, held_out, steps, with_codes=False)
 
 
 def count_held_out(images: int, settings: Reconstruction) -> int:
@@ -181,25 +176,17 @@ def improve(stage: Stage, settings: Reconstruction, generator: torch.Generator) 
 
 def fit(stage: Stage, settings: Reconstruction, generator: torch.Generator) -> None:
     """Adam on the stage's parameters, over random batches of the images that are not held out."""
-    count = len(stage.quantized) - stage.held_out
+    count = len(stage.inputs) - stage.held_out
     codes, others = stage.parameters()
     groups = [{"params": codes, "lr": settings.code_rate}, {"params": others, "lr": settings.scale_rate}]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, stage.iterations))
 
-    def drop(real: Tensor, quantized: Tensor) -> Tensor:
-        keep = torch.empty_like(real).bernoulli_(stage.drop, generator=generator)
-        return torch.lerp(quantized, real, keep)
-
     for parameter in codes + others:
         parameter.requires_grad_(True)
     for _ in range(stage.iterations):
         picks = torch.randint(count, (settings.batch_size,), generator=generator)
-        x = stage.quantized[picks]
-        if stage.drop and stage.exact is not stage.quantized:
-            x = drop(stage.exact[picks], x)
-        y = stage.model.run(stage.ops, x, drop if stage.drop else None)
-        loss = stage.loss(y, stage.target[picks])
+        loss = stage.loss(stage.model.run(stage.ops, stage.inputs[picks]), stage.target[picks])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,9 +1,9 @@
 """Choosing the codes of one layer: nearest, GPTQ, and cyclic coordinate descent, all on the layer's least squares.
 
-A layer with weight W [out, k] sees quantized inputs X^ [k, n] where the FP32 network sees X. We want codes u (integers,
-zero-point subtracted) and one scale s per row that minimise || Y - s u X^ ||^2 with Y = W X: FP32 targets on quantized
-inputs, so each layer also compensates for the errors of earlier layers ("asymmetric" reconstruction). Only the Gram
-form is kept: H = X^ X^T [groups, k, k] and B = Y X^T [out, k]; a row's loss is s^2 u H u - 2 s u B (+ a constant).
+A layer with weight W [out, k] sees quantized inputs X^ [k, n] where the FP32 network sees X. We want levels u (codes
+with the zero-point subtracted) and one scale s per row that minimise || Y - s u X^ ||^2 with Y = W X: FP32 targets on
+quantized inputs, so each layer also compensates for the errors of earlier layers ("asymmetric" reconstruction). Only
+the Gram form is kept: H = X^ X^T [groups, k, k] and B = Y X^T [out, k]; a row's loss is s^2 u H u - 2 s u B + constant.
 Centring both (subtracting the means) leaves the bias free; its best value is then mean(Y) - s u mean(X^), which is
 empirical bias correction (Nagel et al. 2019, section 4.2) solved together with the rounding.
 
@@ -11,24 +11,26 @@ nearest  Round to nearest (RTN), the plain method.
 gptq     Frantar et al. 2023, algorithm 1: columns one by one, the error spread over those left (by H's inverse).
 cd       GPTQ's codes, then cyclic coordinate descent: u_j <- clip(round(u_j + r_j / H_jj)), r = B / s - u H, until no
          code moves (QuantEase, Behdin et al. 2023; CDQuant, Nair & Suggala 2024), in turn with the best scale for the
-         codes, s = u B / u H u. The loss never rises. Several ranges a channel are tried side by side.
+         codes, s = u B / u H u. The loss never rises. Several ranges a channel are tried side by side, at 1 and 2 bits
+         with several zero-points each.
 Depthwise layers are one k = 9 problem per channel, solved for all channels at once.
 """
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from network import Op
-from quantization import Grid, make_grid, round_scale
+from quantization import Grid, aside, make_grid, nearest_level, round_scale
 
 METHODS = ("nearest", "gptq", "cd")
 # An input whose variance is below this share of its mean square counts as constant (rounding errors reach 2.4e-6).
 CONSTANT = 1e-5
+HALF_BITS = 2  # up to so many, zero-points half a step beside the range's are tried too: levels around 0, none on it
 BLOCK = 32  # columns whose error is propagated at once by one matrix product
 
 
@@ -90,7 +92,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Grids of A ranges for every row, float64 [A, out]: scale, lowest and highest integer (zero-point taken off)."""
+    """Grids of A ranges for every row, float64 [A, out]: scale, lowest and highest level in steps (zero-point taken
+    off)."""
 
     scale: Tensor
     low: Tensor
@@ -131,7 +134,8 @@ def bias_correction(weight: Tensor, sums: Moments) -> Tensor:
 
 def nearest(problem: Problem, grids: Candidates) -> Tensor:
     """Codes, zero-point taken off, float64 [A, out, k]."""
-    u = (problem.weight / grids.scale.unsqueeze(2)).round()
+    beside = aside(-grids.low.unsqueeze(2))
+    u = nearest_level(problem.weight / grids.scale.unsqueeze(2), beside)
     return torch.clamp(u, grids.low.unsqueeze(2), grids.high.unsqueeze(2))
 
 
@@ -151,11 +155,11 @@ def gptq(problem: Problem, grids: Candidates) -> Tensor:
     upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
     w = optimum.float().expand(count, -1, -1).clone()
     scale, low, high = grids.scale.float(), grids.low.float(), grids.high.float()
-    u, errors = torch.empty_like(w), torch.empty_like(w)
+    u, errors, beside = torch.empty_like(w), torch.empty_like(w), aside(-low)
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
         for j in range(start, stop):
-            u[..., j] = torch.clamp((w[..., j] / scale).round(), low, high)
+            u[..., j] = torch.clamp(nearest_level(w[..., j] / scale, beside), low, high)
             errors[..., j] = (w[..., j] - u[..., j] * scale) / upper[:, j, j]
             w[..., j:stop] -= errors[..., j, None] * upper[:, j, j:stop]
         block = errors[..., start:stop]
@@ -167,7 +171,7 @@ def gptq(problem: Problem, grids: Candidates) -> Tensor:
 def descend(problem: Problem, u: Tensor, grids: Candidates, cycles: int) -> Tensor:
     """Cyclic coordinate descent from u [A, out, k]; stops when a whole cycle moves nothing. Returns new codes."""
     h = problem.h.float()
-    low, high = grids.low.float(), grids.high.float()
+    low, high, beside = grids.low.float(), grids.high.float(), aside(-grids.low.float())
     residual = (problem.b / grids.scale.unsqueeze(2) - times_h(u, problem.h)).float()  # r = B / s - u H
     # Columns become the first dimension, so that one code of all rows lies together: [k, A, out], H [k, k, 1, groups].
     u, residual = (t.float().permute(2, 0, 1).contiguous() for t in (u, residual))
@@ -179,7 +183,7 @@ def descend(problem: Problem, u: Tensor, grids: Candidates, cycles: int) -> Tens
         for start in range(0, k, BLOCK):
             stop = min(start + BLOCK, k)
             for j in range(start, stop):
-                new = torch.clamp((u[j] + residual[j] * step[j]).round_(), low, high)
+                new = torch.clamp(nearest_level(u[j] + residual[j] * step[j], beside), low, high)
                 residual[start:stop].addcmul_(columns[j, start:stop], new - u[j], value=-1)
                 u[j] = new
             if k > BLOCK:
@@ -236,10 +240,14 @@ def round_rows(
 
 
 def candidates(weight: Tensor, grid: Grid, symmetric: bool, shares: tuple[float, ...]) -> Candidates:
-    """`grid` and, where it is per channel, grids over shrunken ranges."""
+    """`grid` and, where it is per channel, grids over shrunken ranges and with other zero-points."""
     rows = weight.flatten(1)
     low, high = rows.amin(1), rows.amax(1)
-    grids = [grid] + [make_grid(grid.bits, low * s, high * s, symmetric) for s in shares if grid.scale.ndim]
+    grids = [grid]
+    if grid.scale.ndim and shares:
+        grids += [make_grid(grid.bits, low * share, high * share, symmetric) for share in shares]
+        moves = (0.0, -0.5, 0.5) if grid.bits <= HALF_BITS and not symmetric else (0.0,)
+        grids = [replace(g, zero_point=(g.zero_point + z).clamp(0, grid.highest)) for z in moves for g in grids]
     zero_points = torch.stack([g.zero_point.double().expand(len(rows)) for g in grids])
     scales = torch.stack([g.scale.double().expand(len(rows)) for g in grids])
     return Candidates(scales, -zero_points, grid.highest - zero_points)
@@ -268,5 +276,5 @@ def round_weight(
         u, chosen = round_rows(problem, grids, method, fit_scale=per_channel)
     codes = (u[0] - chosen.low[0].unsqueeze(1)).to(torch.uint8).reshape(weight.shape)
     if per_channel:
-        grid = Grid(grid.bits, chosen.scale[0].float(), (-chosen.low[0]).int())
+        grid = Grid(grid.bits, chosen.scale[0].float(), -chosen.low[0].float())
     return codes, grid

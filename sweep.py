@@ -64,6 +64,8 @@ def embedded_server(folder: Path, port: int) -> dict[str, str]:
     """
     ask = python("sweepserver", "env", "--data-dir", str(folder.resolve()))
     answer = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)
+    if "does not answer" in answer.stderr:
+        raise UserError(answer.stderr.strip().removeprefix("error: "))
     if answer.returncode:
         try:
             server = sweepserver.launch(folder.resolve(), port=port, wait=60, detached=True)
@@ -76,10 +78,13 @@ def embedded_server(folder: Path, port: int) -> dict[str, str]:
     return dict(re.findall(r"^export (\w+)=(\S+)$", answer.stdout, re.MULTILINE))
 
 
-def page(folder: Path, path: str) -> str:
-    """An address that opens the sweep's page of the embedded server once, without a login."""
+def page(folder: Path, path: str, otherwise: str) -> str:
+    """An address that opens the sweep's page of the embedded server once, without a login; `otherwise`, the page's
+    own, where the server does not answer."""
     ask = python("sweepserver", "link", "--data-dir", str(folder.resolve()))
-    link = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    link = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not link:
+        return otherwise
     entity, project, name = path.split("/")
     return f"{link}&next={quote(f'/{entity}/{project}/sweeps/{name}')}"
 
@@ -194,7 +199,8 @@ def main() -> int:
         results.frame.to_csv(folder / "results.csv", index=False)
         report.write_plots(results.frame, folder / "parallel_coordinates.png")
     print(f"runs: {', '.join(f'{count} {state}' for state, count in results.states.items()) or 'none'}")
-    print(f"sweep page: {page(settings.server_dir, path) if settings.server else results.url}")
+    url = results.url
+    print(f"sweep page: {page(settings.server_dir, path, url) if settings.server else url}")
     print(f"tables, plots, agents' logs: {folder}")
     if settings.notebook and len(results.frame):
         print(f"notebook: {execute_notebook(path, settings.output, folder)}")

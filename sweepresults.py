@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,9 @@ def fetch_sweep(
     """A sweep (its id, or entity/project/id) through `wandb.Api()`; without one, the latest sweep.
 
     With `cache` (a folder) what was read is kept there in one JSON file a sweep, and a grid that has ended without a
-    missing point is read from it the next time, with or without a server. Any other finished sweep may have been
-    resumed: it is fetched again, and read from the cache only if no server answers.
+    missing point is read from it the next time, with or without a server; a line says so, for the grid may have been
+    changed since (`wandb sweep --update`). Any other finished sweep may have been resumed: it is fetched again, and
+    read from the cache only if no server answers.
     """
     if sweep and sweep.count("/") == 2:
         entity, project, sweep = sweep.split("/")
@@ -82,8 +84,14 @@ def fetch_sweep(
                 raise
         if cache:
             text = json.dumps(kept, indent=1, default=str)
-            write_bytes(Path(cache) / f"sweep-{kept['path'].replace('/', '-')}.json", text.encode())
+            write_bytes(cache_file(cache, kept), text.encode())
+    else:
+        print(f"complete, as read before: {cache_file(cache, kept)}; delete it to ask the server again")
     return sweep_results(kept)
+
+
+def cache_file(cache: Path, read: Mapping[str, Any]) -> Path:
+    return Path(cache) / f"sweep-{read['path'].replace('/', '-')}.json"
 
 
 def ended(read: Mapping[str, Any]) -> bool:
@@ -93,7 +101,7 @@ def ended(read: Mapping[str, Any]) -> bool:
 
 
 def complete(read: Mapping[str, Any]) -> bool:
-    """Whether it is a finished grid with no missing point: resuming it would add nothing."""
+    """Whether it is a finished grid with no missing point: resuming it would add nothing, only changing it."""
     results = sweep_results(read)
     return ended(read) and bool(results.grid) and not len(results.missing)
 
@@ -121,9 +129,7 @@ def sweep_results(read: Mapping[str, Any]) -> SweepResults:
     finished = [run for run in read["runs"] if run["state"] == "finished"]
     about = [{"run_id": run["id"], "run_name": run["name"], "created_at": run["created_at"]} for run in finished]
     rows = [{**flat(run["config"]), **run["summary"], **extra} for run, extra in zip(finished, about, strict=True)]
-    states: dict[str, int] = {}
-    for run in read["runs"]:
-        states[run["state"]] = states.get(run["state"], 0) + 1
+    states = dict(Counter(run["state"] for run in read["runs"]))
     sizes = {float(bits): table for bits, table in read["tables"].items()}  # mixed precision has a mean, such as 3.27
     frame = to_frame(rows)
     if whole:  # elsewhere every run is a point of its own

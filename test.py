@@ -42,7 +42,7 @@ import tracking
 from allocator import keep_freed_memory
 from calibration import METHODS, Plan, method_plan, quantize_network
 from cli import MOST_SEED, flag, option, parse
-from compression import load_packed, packed_sizes, save_packed
+from compression import Packed, load_packed, read_packed, save_packed, size_report
 from errors import UserError, run_main
 from evaluation import Score, choose_device, score
 from files import check_writable, same_file
@@ -228,8 +228,9 @@ def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
     points = [settings] if tracking.under_agent() else grid(settings)
-    choose_device(settings.device)  # fail on an unusable device before reading the data set
-    results.read(settings.output)  # and on a file that is not ours
+    if not tracking.under_agent():  # where the run that is to say why it failed begins later
+        choose_device(settings.device)  # fail on an unusable device before reading the data set
+        results.read(settings.output)  # and on a file that is not ours
     if len(points) > 1:
         measure_grid(settings, points)
     else:
@@ -239,7 +240,7 @@ def main() -> int:
 
 def measure(settings: Settings, shared: Shared | None = None) -> None:
     """Runs one evaluation (under `wandb agent` with the sweep's parameters), appends its row and reports it to W&B."""
-    with tracking.run(settings, "evaluation", label, settings.log_wandb) as tracked:
+    with tracking.run(settings, "evaluation", label, settings.log_wandb or settings.log_artifact) as tracked:
         settings = tracked.settings
         check_used(settings)
         check_targets(settings)
@@ -282,6 +283,7 @@ def grid(settings: Settings) -> list[Settings]:
     check_used(settings)
     axes = (settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,))
     pairs = list(dict.fromkeys(itertools.product(*axes)))  # duplicates count once
+    check_effect(settings)
     if len(pairs) > 1:
         if settings.save_packed or settings.packed or settings.mixed:
             given = ("save_packed", "packed", "bits_file", "target_size_mb", "max_drop", "target_activation_bits")
@@ -308,6 +310,21 @@ def check_used(settings: Settings) -> None:
             raise UserError(f"{flag(field.name)} goes with --weight-bits or --act-bits; leave it out, or add one")
 
 
+def check_effect(settings: Settings) -> None:
+    """UserError for a flag that changes nothing at any point of the grid."""
+    given = {name for name in vars(settings) if getattr(settings, name) != getattr(Settings, name)}
+    weights = any(b != 32 for b in settings.weight_quant_bits) or settings.target.layers or settings.bits_file
+    values = any(b != 32 for b in settings.activation_quant_bits) or settings.target.values or settings.bits_file
+    for names, used, needed in (
+        (("weight_per_tensor", "symmetric", "weight_range", "entropy"), weights, "--weight-bits"),
+        (("act_range", "equalize"), values, "--act-bits"),
+        (("plot",), len(settings.weight_quant_bits) > 1 or len(settings.activation_quant_bits) > 1, "a list of bits"),
+    ):
+        for name in names:
+            if name in given and not used and not settings.packed:
+                raise UserError(f"{flag(name)} goes with {needed}; leave it out, or add one")
+
+
 def check_targets(settings: Settings) -> None:
     """UserError, before any work, if an output cannot be written or would overwrite an input."""
     written = {"--save-packed": settings.save_packed, "--output": settings.output}
@@ -325,22 +342,23 @@ def check_targets(settings: Settings) -> None:
         bitsfile.read(settings.bits_file)
 
 
-def point_of(settings: Settings) -> Point:
-    """The plan of one evaluation. UserError for settings that do not go together."""
+def point_of(settings: Settings, found: tuple[dict[str, int], dict[str, int]] | None = None) -> Point:
+    """The plan of one evaluation; `found`: with these bits of layers and of values, as if --bits-file held them.
+    UserError for settings that do not go together."""
     bits = [settings.weight_quant_bits or (32,), settings.activation_quant_bits or (32,)]
     if any(len(b) > 1 for b in bits):
         raise UserError("a sweep run takes a single bit width, not a list; let the sweep define the grid")
     weight_bits, activation_bits = (None if b[0] == 32 else b[0] for b in bits)
-    layers, values = exceptions(settings, weight_bits, activation_bits) if settings.mixed else ({}, {})
+    layers, values = found or (exceptions(settings, weight_bits, activation_bits) if settings.mixed else ({}, {}))
     if layers or settings.target.layers:
         weight_bits = weight_bits or max(MIXED_BITS[0], min(layers.values(), default=0))
     if values or settings.target.values:
         activation_bits = activation_bits or max(MIXED_BITS[1], min(values.values(), default=0))
     if settings.rounding == "reconstruct" and settings.tune is not None:
         raise UserError("--rounding reconstruct always tunes last; leave out --tune and --no-tune")
-    names = ["weight_range", "bias_correction"] if weight_bits else []  # FP32 layers have nothing to change
+    names = ["weight_range"] if weight_bits else []
     names += ["act_range", "equalize"] if activation_bits else []
-    names += ["tune"] if weight_bits or activation_bits else []
+    names += ["bias_correction", "tune"] if weight_bits or activation_bits else []
     changes = {n: getattr(settings, n) for n in (*names, "edge_bits") if getattr(settings, n) is not None}
     plan = method_plan(settings.rounding, weight_bits, activation_bits, settings.per_channel)
     plan = dataclasses.replace(plan, symmetric=settings.symmetric, layer_bits=layers, value_bits=values, **changes)
@@ -407,8 +425,8 @@ def evaluate(settings: Settings, shared: Shared, path: Path) -> Outcome:
     row = info["row"] | made
     sizes = save_packed(quantized, path, info, entropy=settings.entropy)
     assert not settings.target_size_mb or sizes.total_bytes <= settings.target_size_mb * 1e6, "the file is too large"
-    network, _, seconds = unpacked(path)
-    row |= measured(settings, network, subject.test, row["test_acc_fp32"]) | size_cells(sizes)
+    packed, seconds = unpacked(path)
+    row |= measured(settings, packed.network, subject.test, row["test_acc_fp32"]) | size_cells(sizes)
     return Outcome(row, sizes, path, seconds)
 
 
@@ -439,7 +457,11 @@ def searched(settings: Settings, subject: Subject, fp32: Score, point: Point) ->
     if settings.max_drop is not None and not len(subject.validation):
         raise UserError("--max-drop needs images to choose on, and these training images are fewer than ten")
     images, measures = calibration(settings, subject), mixed.Measures(size, validate, settings.entropy)
-    found = mixed.search(subject.network, images, point.plan, settings.target, measures, layer_bar)
+
+    def plan_of(layers: dict[str, int], values: dict[str, int]) -> Plan:
+        return point_of(settings, (layers, values)).plan
+
+    found = mixed.search(subject.network, images, plan_of, settings.target, measures, layer_bar)
     if settings.bits_file:
         title = f"Bits of each layer and activation, by test.py; method {point.method}, checkpoint {subject.hash}."
         bitsfile.write(settings.bits_file, found.plan.layer_bits, found.plan.value_bits, [title, *found.notes])
@@ -459,30 +481,30 @@ def evaluate_packed(settings: Settings) -> Outcome:
         given = getattr(settings, field.name) not in (field.default, (32,))
         if given and (made or field.name in ("checkpoint", "save_packed")):
             raise UserError(f"--packed has weights, bits and method in the file; leave out {flag(field.name)}")
-    network, info, seconds = unpacked(settings.packed)
-    known, classes, hint = subjects.origin(settings.packed, info, "test_acc_fp32")
+    packed, seconds = unpacked(settings.packed)
+    known, classes, hint = subjects.origin(settings.packed, packed.info, "test_acc_fp32")
     fp32 = known["test_acc_fp32"]
     dataset = subjects.load_data(settings.dataset, settings.data_dir, settings.packed, hint, classes)
     if known.get("dataset_crc32", dataset.crc32) != dataset.crc32:
         print("note: the FP32 network was not measured on these images: no test_acc_fp32, no drop", file=sys.stderr)
         known["test_acc_fp32"] = fp32 = None
-    sizes = packed_sizes(settings.packed)
+    sizes = size_report(packed)
     row = (
         {name: None for name in results.COLUMNS}
         | known
         | {"batch_size": settings.batch_size, "dataset": dataset.name, "calib_seconds": 0.0}
         | {"dataset_crc32": dataset.crc32}
-        | measured(settings, network, dataset.test, fp32)
+        | measured(settings, packed.network, dataset.test, fp32)
         | size_cells(sizes)
     )
     return Outcome(row, sizes, settings.packed, seconds)
 
 
-def unpacked(path: Path) -> tuple[QuantizedNetwork, dict[str, Any], float]:
-    """(network, info, seconds to read them: the digest checked, codes unpacked or decoded)."""
+def unpacked(path: Path) -> tuple[Packed, float]:
+    """(the file's content, seconds to read it: the digest checked, codes unpacked or decoded)."""
     begun = time.perf_counter()
-    network, info = load_packed(path)
-    return network, info, time.perf_counter() - begun
+    packed = read_packed(path)
+    return packed, time.perf_counter() - begun
 
 
 def calibration(settings: Settings, subject: Subject) -> Tensor:

@@ -143,10 +143,12 @@ def run(
     code = 1
     try:
         with terminated_by_signal():
-            parameters = dict(wandb_run.config)
+            # The config of a resumed run holds all settings of its first part, which override nothing.
+            parameters = sweep_parameters() if wandb_run.resumed else dict(wandb_run.config)
             tracked = Tracked(overridden(settings, parameters, wandb_run.id), wandb_run)
             rest = {name: single(simple(value)) for name, value in dataclasses.asdict(tracked.settings).items()}
-            wandb_run.config.update({name: value for name, value in rest.items() if name not in parameters})
+            rest = {name: value for name, value in rest.items() if name not in parameters}
+            wandb_run.config.update(rest, allow_val_change=True)
             yield tracked
         code = 0
     except UserError as error:
@@ -170,15 +172,26 @@ def run(
 
 
 def start(job_type: str, labels: Labels) -> Any:
-    """`wandb.init`; its failures as one line."""
+    """`wandb.init`; its failures as one line. Tags are cut to the 64 characters that W&B takes."""
     try:
         import wandb
     except ImportError:
         raise UserError("--log-wandb needs the package wandb: pip install wandb") from None
     project = None if under_agent() else os.environ.get("WANDB_PROJECT") or PROJECT  # a sweep's runs stay in its own
+    tags = tuple(tag[:64] for tag in labels.tags)
+    with refusals():
+        return wandb.init(project=project, job_type=job_type, name=labels.name, group=labels.group, tags=tags)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What the client raises, as `UserError`: besides its own Error a ValueError for a setting, and for a server that
+    does not answer an exception that is neither."""
     try:
-        return wandb.init(project=project, job_type=job_type, **dataclasses.asdict(labels))
-    except wandb.Error as error:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         refuse(error)
 
 
@@ -186,10 +199,13 @@ def refuse(error: Exception) -> NoReturn:
     """Raises `UserError` with what W&B's error says, and advice where its kind allows some."""
     import wandb
 
-    text, advice = reason(error), ""
+    kind, text, advice = type(error).__name__, reason(error), ""
+    if kind == "ValidationError":  # pydantic's, of a setting: its first line only counts
+        text = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+    unheard = isinstance(error, wandb.errors.CommError) or kind == "WandbApiFailedError"
     if text.startswith(("Could not find", "Invalid path")):
         advice = " (check WANDB_ENTITY, WANDB_PROJECT and SWEEP_ID)"
-    elif isinstance(error, wandb.errors.CommError) or "api key" in text.lower().replace("_", " "):
+    elif unheard or "api key" in text.lower().replace("_", " "):
         advice = (
             " (set WANDB_BASE_URL and WANDB_API_KEY, as `python -m sweepserver` prints them, or WANDB_MODE=offline)"
         )
@@ -253,7 +269,7 @@ def read_sweep(entity: str | None, project: str | None, sweep: str | None, table
     """
     import wandb
 
-    try:
+    with refusals():
         api = wandb.Api(timeout=60)
         entity = entity or os.environ.get("WANDB_ENTITY") or api.default_entity
         project = project or os.environ.get("WANDB_PROJECT")
@@ -269,8 +285,6 @@ def read_sweep(entity: str | None, project: str | None, sweep: str | None, table
             if run.state == "finished" and key not in tables and table in run.summary.keys():  # noqa: SIM118
                 with guarded(f"the table of {run.name}"):
                     tables[key] = read_table(run, table)
-    except (wandb.Error, ValueError) as error:
-        refuse(error)
     return {
         "path": f"{place}/{found.id}",
         "name": found.name,
@@ -296,21 +310,21 @@ def sweep_states(path: str) -> tuple[dict[str, int], int | None]:
     """(run state → count, number of runs that are expected where the sweep is a grid) of entity/project/id."""
     import wandb
 
-    try:
+    with refusals():
         api = wandb.Api(timeout=60)
         entity, project, name = path.split("/")
         states = Counter(run.state for run in api.runs(f"{entity}/{project}", filters={"sweep": name}))
         return dict(states), api.sweep(path).expected_run_count
-    except (wandb.Error, ValueError) as error:
-        refuse(error)
 
 
 def latest_sweep(api: Any, entity: str, project: str | None) -> Any:
     """The sweep created last in the project; without a project in our own, else in any of the entity's."""
     names = [p.name for p in api.projects(entity)]
-    wanted = [project] if project else [PROJECT] if PROJECT in names else names
-    sweeps = [sweep for name in wanted if name in names for sweep in api.project(name, entity).sweeps()]
-    if not sweeps:
+    for wanted in [[project]] if project else [[PROJECT], names]:
+        sweeps = [sweep for name in wanted if name in names for sweep in api.project(name, entity).sweeps()]
+        if sweeps:
+            break
+    else:
         where = f"{entity}/{project}" if project else entity
         raise UserError(f"{where} has no sweep; create one: wandb sweep sweeps/quant_sweep.yaml")
     return max(sweeps, key=lambda sweep: sweep._attrs["createdAt"])

@@ -39,7 +39,7 @@ from allocator import keep_freed_memory
 from augmentation import Augmentation
 from checkpoint import Checkpoint
 from cli import MOST_SEED, flag, option, parse, to_argv
-from errors import UserError, run_main
+from errors import UserError, reason, run_main
 from evaluation import Score, choose_device, normalized, score
 from files import check_writable, locked, same_file
 from interrupts import Interrupted, signals_caught
@@ -102,7 +102,7 @@ class Settings:
     seed: int = option(0, "seed of weights, split, order and augmentation", low=0, high=MOST_SEED, group="training")
     max_minutes: float = option(
         0.0,
-        "stop after this much wall-clock time; the schedule is compressed to fit",
+        "stop after this much time of training and evaluation; the schedule is compressed to fit",
         low=0,
         high=10**6,
         group="training",
@@ -142,8 +142,8 @@ class Settings:
     log_artifact: bool = option(False, "upload the best checkpoint as an artifact", group="W&B")
 
 
-# Settings that may differ between the parts of a resumed run. Two of them, max_minutes and eval_every, affect how the
-# rest of it goes; the others do not decide its result.
+# Settings that may differ between the parts of a resumed run. max_minutes, eval_every and device (bf16 depends on it)
+# affect how the rest of it goes; the others do not decide its result.
 FREE = {"data_dir", "eval_every", "max_minutes", "device", "compile", "save_path", "log_file", "resume"}
 FREE |= {"log_wandb", "log_artifact"}
 
@@ -238,6 +238,10 @@ def train_epochs(run: Run, resumed: bool, on_epoch: Callable[[Epoch], None]) -> 
         except Interrupted:
             save_state(run)
             raise
+        except torch.OutOfMemoryError as error:
+            if not state.epoch and not state.step:
+                resume_path(settings).unlink()  # nothing to go on from: the next try is a new run
+            raise UserError(f"out of memory ({reason(error)}); give a smaller --batch-size") from None
     runstate.save_finished(resume_path(settings), settings)
     return best
 
@@ -268,6 +272,8 @@ def check_together(settings: Settings) -> None:
         if getattr(settings, name) != getattr(Settings, name):
             there = "does nothing with --qat" if settings.qat else "goes with --qat"
             raise UserError(f"{flag(name)} {there}; leave it out" + ("" if settings.qat else ", or add --qat"))
+    if settings.qat and settings.distill == 1 and settings.label_smoothing != Settings.label_smoothing:
+        raise UserError("--label-smoothing does nothing where the teacher has all of the loss; give --distill below 1")
 
 
 def make_recipe(settings: Settings, device: torch.device) -> training.Recipe:
@@ -426,7 +432,7 @@ def watcher(run: Run, bar: tqdm, signals: list[int]) -> Callable[..., None]:
     """
     state, recipe, images = run.state, run.recipe, len(run.train)
     sizes = recipe.progressive_sizes or (run.train.images.shape[-1],)
-    costs = (1.0,) if bar.disable else pace.size_costs(state.model, sizes, recipe.batch_size)
+    costs = (1.0,) if bar.disable else pace.size_costs(state.model, sizes, min(recipe.batch_size, images))
     full, evaluation = images * (1 + pace.BACKWARD), len(run.val) + len(run.test)
     work = pace.Work(recipe.epochs, tuple(full * c / costs[-1] for c in costs), evaluation, run.settings.eval_every)
     first, begun = work.done(state.epoch, state.step / run.steps), time.perf_counter()
@@ -464,17 +470,16 @@ def end_epoch(run: Run, watch: Callable[..., None]) -> Epoch:
         )
     scores: tuple[Score | None, ...] = (None, None)
     if (state.epoch + 1) % settings.eval_every == 0 or training.progress(state, recipe, run.steps) >= 1.0:
-        begun, done = time.perf_counter(), 0
-        network = as_evaluated(run)
+        begun, done, forward = time.perf_counter(), 0, as_evaluated(run)
 
-        def forward(images: Tensor) -> Tensor:
+        def on_batch(count: int) -> None:
             nonlocal done
-            done += len(images)
+            done += count
             watch(done)
-            return network(images)
 
         size = 1024 if run.test.images.is_cuda else 256
-        scores = tuple(score(forward, s, size, s.images.device) if len(s) else None for s in (run.val, run.test))
+        splits = (run.val, run.test)
+        scores = tuple(score(forward, s, size, s.images.device, on_batch) if len(s) else None for s in splits)
         state.seconds += time.perf_counter() - begun
     rate = state.optimizer.param_groups[0]["lr"]
     return Epoch(state.epoch + 1, rate, loss, accuracy, *scores, images_per_second=seen / state.epoch_seconds)
@@ -554,6 +559,8 @@ def resume_path(settings: Settings) -> Path:
 
 def save_state(run: Run) -> None:
     known = {"normalization": dataclasses.asdict(run.normalization), "data": run.digest, "title": run.title}
+    if run.tuning:
+        known["teacher"] = run.tuning.row["checkpoint_hash"]
     runstate.save(resume_path(run.settings), run.settings, run.state, known)
 
 
@@ -562,6 +569,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     path = resume_path(run.settings)
     if saved.get("data", run.digest) != run.digest:
         raise UserError(f"--resume: {path} belongs to other images than those in --data-dir {run.settings.data_dir}")
+    if run.tuning and saved.get("teacher") not in (None, run.tuning.row["checkpoint_hash"]):
+        raise UserError(f"--resume: {path} began from another network than {run.settings.checkpoint} is now")
     runstate.restore(path, run.state, saved)
 
 
@@ -611,7 +620,7 @@ def main() -> int:
     settings = parse(Settings, __doc__, sys.argv[1:])
     keep_freed_memory()
     try:
-        with tracking.run(settings, "training", label, settings.log_wandb) as tracked:
+        with tracking.run(settings, "training", label, settings.log_wandb or settings.log_artifact) as tracked:
             settings = with_save_path(tracked.settings)
             checkpoint = train(settings, lambda row: tracked.log(curves(row), row.epoch))
             tracked.summary({name: checkpoint.metrics[name] for name in ("epoch", "val_acc", "test_acc", "minutes")})

@@ -281,7 +281,7 @@ def epoch_means(state: State, images: int) -> tuple[float, float]:
 
 def all_finite(state: State) -> bool:
     """Whether every weight and every statistic of batch norm is a number; waits for the device."""
-    return all(t.isfinite().all().item() for t in state.model.state_dict().values())
+    return bool(torch.stack([t.isfinite().all() for t in state.model.state_dict().values()]).all())
 
 
 def next_epoch(state: State) -> None:

@@ -30,7 +30,7 @@ AIMS = {"8/8": 0.1, "6/8": 0.1, "4/8": 0.4, "3/8": 1.0, "2/8": 3.0, "8/4": 1.5, 
 AIMS |= {"2/2": 25.0}
 
 BEYOND = {  # method → what README.md calls it
-    "auto": "another width",
+    "auto": "other bits",
     "auto+entropy": "entropy coding (`--entropy`, lossless)",
     "auto+entropy+mixed": "mixed precision, entropy coding (`--max-drop`)",
     "reconstruct": "`--rounding reconstruct --calib-batches 8`",

@@ -6,7 +6,6 @@ beside this file says what it can do.
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -33,23 +32,20 @@ class Running:
 def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0, detached: bool = False) -> Running:
     """Starts `python -m sweepserver` on `folder` and waits until it answers. The caller ends `process`.
 
-    What it says goes to `server.log` in the folder, without the key. detached: Ctrl-C at the caller does not end it.
+    What it says, but for the key, is added to `server.log` in the folder. detached: Ctrl-C at the caller does not end
+    it.
 
     Raises OSError where the folder cannot be written, and RuntimeError with the server's own words where it does not
     come up.
     """
+    folder = Path(folder).resolve()
     command = [sys.executable, "-m", "sweepserver", "--data-dir", str(folder), "--port", str(port), *flags]
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = Path(folder) / "server.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=out,
-            start_new_session=detached,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = folder / "server.log"
+    with log.open("a") as out:
+        begin = out.tell()
+        root = Path(__file__).parent.parent  # `python -m` looks for modules where it is started
+        process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=out, start_new_session=detached)
     end = time.monotonic() + wait
     while time.monotonic() < end and process.poll() is None:
         ready = read_ready(folder)
@@ -58,7 +54,7 @@ def launch(folder: str | Path, *flags: str, port: int = 0, wait: float = 30.0, d
         time.sleep(0.05)
     if process.poll() is None:
         process.kill()
-    raise RuntimeError(f"sweepserver did not start: {log.read_text().strip()}")
+    raise RuntimeError(f"sweepserver did not start: {log.read_bytes()[begin:].decode(errors='replace').strip()}")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -310,7 +310,8 @@ def build(settings: Settings) -> Starlette:
         Route("/{entity}/{project}/{kind:str}/{name}", page),
         Route("/{entity}/{project}/{kind:str}/{name}/{view:path}", page),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={TooLarge: _too_large})
+    handlers = {TooLarge: _too_large, ClientDisconnect: _gone}
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.add_middleware(_Headers)
     app.add_middleware(Guard)
     app.state.server = server
@@ -336,6 +337,11 @@ class _Headers:
 
 async def _too_large(_request, error: TooLarge) -> Response:
     return JSONResponse({"error": f"the body is too large: {error}"}, 413)
+
+
+async def _gone(_request, _error: ClientDisconnect) -> Response:
+    """The client ended while it sent: nobody reads this answer, and the log is spared a traceback."""
+    return Response(status_code=400)
 
 
 async def _body(request: Request, limit: int = BODY_LIMIT) -> bytes:

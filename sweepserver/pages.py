@@ -14,9 +14,9 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from . import figures
-from .runs import best, flat, inner, log_line, spread
+from .runs import best, dig, flat, inner, log_line, spread
 from .scheduler import LIVE
-from .search import BadSweep, parse_sweep
+from .search import parse_sweep
 from .store import clean, iso, number
 
 LOG_LINES = 1000
@@ -123,11 +123,8 @@ class Pages:
         return self.drawn[sweep_id][1]
 
     def _sweep_view(self, project, sweep) -> dict:
-        try:
-            search = parse_sweep(sweep["config"])
-            metric, goal, method, parameters = search.metric, search.goal, search.method, search.parameters
-        except BadSweep:
-            metric, goal, method, parameters = None, "maximize", "bayes", {}
+        search = parse_sweep(sweep["config"])
+        metric, goal = search.metric, search.goal
         runs = []
         for row in self.store.all(
             "SELECT run.*, agent.host AS agent_host FROM run LEFT JOIN agent ON "
@@ -135,8 +132,10 @@ class Pages:
             sweep["id"],
         ):
             config = self.runs.config(row)
-            params = flat({name: config.get(name) for name in parameters})
+            params = flat({name: config.get(name) for name in search.parameters})
             summary = {k: inner(v) for k, v in self.runs.summary(row).items()}
+            if metric:  # one that is nested has a name with dots
+                summary[metric] = dig(self.runs.summary(row), metric)
             runs.append(
                 {
                     "row": row,
@@ -163,7 +162,7 @@ class Pages:
             "name": self._sweep_name(sweep),
             "metric": metric,
             "goal": goal,
-            "method": method,
+            "method": search.method,
             "runs": runs,
             "counts": counts,
             "params": names,
@@ -243,16 +242,10 @@ class Pages:
         return 404, self._render("missing.html", message=message, trail=[])
 
     def _counts(self, sweep) -> dict:
-        try:
-            return self.server.scheduler.counts(sweep)
-        except BadSweep:
-            return {"total": None, "done": 0, "running": 0, "failed": 0, "lost": 0, "again": 0, "waiting": None}
+        return self.server.scheduler.counts(sweep)
 
     def _sweep_name(self, sweep) -> str:
-        try:
-            return sweep["display_name"] or str(parse_sweep(sweep["config"]).config.get("name") or sweep["id"])
-        except BadSweep:
-            return sweep["display_name"] or sweep["id"]
+        return sweep["display_name"] or str(parse_sweep(sweep["config"]).config.get("name") or sweep["id"])
 
     @staticmethod
     def _best(runs: list[dict], metric: str | None, goal: str):
@@ -299,7 +292,7 @@ def _summary_columns(runs: list[dict], metric: str | None, most: int = 7) -> lis
     ]
     keys = {key for run in runs for key, value in run["summary"].items() if not key.startswith("_") and number(value)}
     kinds = {key: len({str(run["summary"].get(key)) for run in runs}) for key in keys}  # str: it may be a dict
-    keys = {key for key in keys if key != metric and (key in known or kinds[key] > 2)}
+    keys = {key for key in keys if key != metric and (key in known or kinds[key] > 1)}
     ranked = sorted(keys, key=lambda key: (known.index(key) if key in known else len(known), key))
     return ([metric] if metric else []) + ranked[: most - 1]
 

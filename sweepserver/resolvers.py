@@ -16,7 +16,7 @@ from .files import NO_FILE, checked_name
 from .patterns import holding
 from .runs import best, dig, log_line
 from .scheduler import LIVE
-from .search import BadSweep, parse_sweep
+from .search import parse_sweep
 from .walker import Refused
 
 log = logging.getLogger("sweepserver")
@@ -307,10 +307,7 @@ class Nodes:
     def sweep(self, sweep) -> dict | None:
         if sweep is None:
             return None
-        try:
-            search = parse_sweep(sweep["config"])
-        except BadSweep:  # bayes, and the package is gone
-            search = None
+        search = parse_sweep(sweep["config"])
 
         def runs(**k):
             return self.connection(
@@ -321,7 +318,7 @@ class Nodes:
             return self.store.all("SELECT * FROM agent WHERE sweep=? ORDER BY created", sweep["id"])
 
         def best_loss(**_):
-            if not (search and search.metric):
+            if not search.metric:
                 return None
             found = [
                 dig(self.runs.summary(row), search.metric)

@@ -16,7 +16,7 @@ import string
 from dataclasses import dataclass
 
 from .runs import Runs, dig, display_name
-from .search import BadSweep, Search, bayes_point, parse_sweep, random_point, runs_to_stop
+from .search import BadSweep, Search, bayes_point, check_library, parse_sweep, random_point, runs_to_stop
 from .store import Store, now, parsed
 from .walker import Refused
 
@@ -49,6 +49,8 @@ class Scheduler:
         columns = {name: value for name, value in columns.items() if value is not None}
         try:
             search = parse_sweep(given["config"]) if given.get("config") else None
+            if search:
+                check_library(search)
         except BadSweep as error:
             raise Refused(str(error)) from None
         with self.store.write():
@@ -333,7 +335,9 @@ class Scheduler:
     def forget(self, run) -> None:
         """The run is deleted: a point that only it had computed is to be run again, unless another run is at it."""
         with self.store.write() as db:
-            if run["point"] and not self._settled_by_other(run):
+            point = run["point"] and self.store.one("SELECT * FROM point WHERE id=?", run["point"])
+            mine = run["state"] == "finished" or (run["state"] == "killed" and run["stop_why"] == "early")
+            if point and (mine or point["status"] != "done") and not self._settled_by_other(run):
                 status = "out" if self._others(run) else "again"
                 db.execute("UPDATE point SET status=?, losses=0 WHERE id=?", (status, run["point"]))
 

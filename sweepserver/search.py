@@ -92,12 +92,16 @@ def parse_sweep(text: str) -> Search:
     _check_draw(parameters)
     axes = tuple(grid_axes(parameters)) if method == "grid" else ()
     goal = metric.get("goal", "minimize")
-    search = Search(config, method, parameters, metric.get("name"), goal, metric.get("target"), cap, bool(early), axes)
-    if method == "bayes":  # with no runs yet, so that what the package cannot use is refused now
+    return Search(config, method, parameters, metric.get("name"), goal, metric.get("target"), cap, bool(early), axes)
+
+
+def check_library(search: Search) -> None:
+    """Asks the `sweeps` package, where the sweep needs it, with no runs yet. Raises `BadSweep` for what it cannot use,
+    and where it is missing. For a new sweep only: one that has begun goes on without (`scheduler.py`)."""
+    if search.method == "bayes":
         bayes_point(search, [])
-    if early:
+    if search.early:
         runs_to_stop(search, [])
-    return search
 
 
 def grid_axes(parameters: dict, path: tuple = ()):

@@ -150,7 +150,7 @@ def test_the_file_is_as_small_as_asked(case, entropy, tmp_path):
 
     ends = [size(build({name: b for name in table})) for b in (2, 8)]
     target = (ends[0] + ends[1]) // 2
-    bits, quantized = fit_size(network, table, target, build, size)
+    bits, quantized = fit_size(float_network(network), table, target, build, size)
     assert 0.9 * target < size(quantized) <= target
     if not entropy:  # nothing better fits beside what the rows do not count
         best = allocate(table, target - (size(quantized) - allocation.total_bytes(table, bits)))
@@ -158,7 +158,7 @@ def test_the_file_is_as_small_as_asked(case, entropy, tmp_path):
         assert harms[0] == pytest.approx(harms[1], rel=1e-6)
     assert {name: layer.grid.bits for name, layer in quantized.layers.items()} == bits
     with pytest.raises(UserError, match="--target-size-mb"):
-        fit_size(network, table, ends[0] * 9 // 10, build, size)
+        fit_size(float_network(network), table, ends[0] * 9 // 10, build, size)
 
 
 def test_the_smallest_network_within_a_drop():
@@ -203,10 +203,10 @@ def test_the_least_size_that_there_is_can_be_had(case, table, tmp_path):
 
     least = size(build(allocation.smallest_bits(table)))
     for more in (0, 1, 50):
-        bits, built = fit_size(network, table, least + more, build, size)
+        bits, built = fit_size(float_network(network), table, least + more, build, size)
         assert size(built) <= least + more
     with pytest.raises(UserError, match="out of reach"):
-        fit_size(network, table, least // 2, build, size)
+        fit_size(float_network(network), table, least // 2, build, size)
 
 
 def test_one_image_cannot_both_round_and_measure(case):

@@ -196,7 +196,7 @@ def test_other_files_are_refused(tmp_path, small, suffix):
 
 
 def test_the_files_that_come_along_know_real_images(real_images):
-    """200 test images; of all 10,000 between 84 and 90 % are right."""
+    """200 test images; their files tell how many of all 10,000 are right."""
     images = data.load("folder", real_images[0])
     checkpoint = checkpoints.load(checkpoints.DEFAULT_CHECKPOINT)
     network = fold_batch_norm(checkpoints.build_model(checkpoint), checkpoint.normalization)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import compression
 import entropy
 import quantization
-from compression import load_packed, packed_sizes, save_packed
+from compression import load_packed, read_packed, save_packed, size_report
 from data import Normalization
 from errors import UserError
 from models import Architecture, MobileNetV2
@@ -131,13 +131,17 @@ def small_network():
     return fold_batch_norm(model, Normalization((120, 119, 7), 61.0))
 
 
-def quantized(bits=4, activation_bits=8, **options):
-    """bits: one number, None for FP32, or a function of the layer's place; options: those of `weight_grid`."""
+def quantized(bits=4, activation_bits=8, between=False, **options):
+    """bits: one number, None for FP32, or a function of the layer's place; between: every other channel's zero-point
+    lies between two codes; options: those of `weight_grid`."""
     network = small_network()
     choose = bits if callable(bits) else lambda _: bits
     changes = {}
     for i, (name, weight) in enumerate(network.weights.items()):
         grid = None if choose(i) is None else quantization.weight_grid(weight, choose(i), **options)
+        if between:
+            zeros = torch.where(torch.arange(len(weight)) % 2 == 1, 0.5, grid.zero_point)
+            grid = dataclasses.replace(grid, zero_point=zeros)
         changes[name] = quantization.quantize_layer(weight, network.biases[name], grid)
     result = quantization.with_layers(quantization.float_network(network), changes)
     if activation_bits is None:
@@ -159,6 +163,8 @@ CASES = {
     "w3a4 symmetric per tensor": {"bits": 3, "activation_bits": 4, "symmetric": True, "per_channel": False},
     "w2a2": {"bits": 2, "activation_bits": 2},
     "w8a8": {"bits": 8},
+    "w1a8 between codes": {"bits": 1, "between": True},
+    "w2a4 between codes": {"bits": 2, "activation_bits": 4, "between": True},
     "mixed": {"bits": lambda i: (8, 6, 5, 4, 3, 2, 7)[i % 7]},
     "mixed with FP32": {"bits": lambda i: (None, 6, 2)[i % 3], "activation_bits": 6},
 }
@@ -183,11 +189,12 @@ def test_a_packed_file_gives_the_same_logits(case, coded, images, tmp_path):
     )
     for name, layer in network.layers.items():
         assert torch.equal(loaded.layers[name].codes, layer.codes)
+        assert layer.grid is None or layer.grid.parts == loaded.layers[name].grid.parts == 1 + ("between" in case)
         assert torch.equal(loaded.layers[name].weight, layer.weight)
     expected = quantization.predictor(network)(images)
     assert expected.std() > 0
     assert torch.equal(quantization.predictor(loaded)(images), expected)
-    assert sizes == packed_sizes(path)
+    assert sizes == size_report(read_packed(path))
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -252,7 +259,7 @@ def test_equal_codes_take_no_room_in_the_stream(images, tmp_path):
     assert [row.code_bytes for row in sizes.rows if row.name == name] == [0]
     loaded, _ = load_packed(tmp_path / "m")
     assert torch.equal(quantization.predictor(loaded)(images), quantization.predictor(network)(images))
-    assert packed_sizes(tmp_path / "m") == sizes
+    assert size_report(read_packed(tmp_path / "m")) == sizes
 
 
 def test_activation_bytes_are_counted_by_hand(tmp_path):

@@ -43,7 +43,7 @@ def call(program, run_main, image_folder, tmp_path, monkeypatch):
         (["--weight_quant_bits", "4", "--weight-per-channel"], ("4", "")),
         (["--activation_quant_bits", "8"], ("", "8")),
         (["--weight-bits=3", "--act_bits", "5", "--weight-per-tensor", "--rounding", "plain"], ("3", "5")),
-        (["--weight-bits", "32", "--entropy"], ("", "")),
+        (["--weight-bits", "32"], ("", "")),
     ],
 )
 def test_one_evaluation_is_one_row(call, flags, bits):
@@ -158,10 +158,12 @@ def test_a_packed_file_needs_nothing_else(call):
         (["--target-size-mb", "0.06", "--entropy"], "packed_bytes", 60_000),
         (["--max-drop", "30"], "drop on validation", 30),
         (["--target-activation-bits", "3.5", "--weight-bits", "4"], "activation_quant_bits", 3.5),
+        (["--target-activation-bits", "7", "--weight-bits", "4", "--rounding", "auto"], "activation_quant_bits", 7),
+        (["--target-size-mb", "0.1", "--act-bits", "4", "--rounding", "auto"], "packed_bytes", 100_000),
     ],
 )
 def test_mixed_precision_keeps_its_promise_and_comes_back(call, flags, column, most):
-    target, others = flags[:2], [*flags[2:], "--calib-batches", "1", "--bits-file", "b.yaml", "--rounding", "nearest"]
+    target, others = flags[:2], ["--calib-batches", "1", "--bits-file", "b.yaml", "--rounding", "nearest", *flags[2:]]
     assert call(*target, *others)[0] == 0
     notes = Path("b.yaml").read_text()
     assert notes.startswith("# Bits of each layer and activation")
@@ -201,6 +203,10 @@ def test_mixed_precision_keeps_its_promise_and_comes_back(call, flags, column, m
         (["--weight-bits", "4,2", "--plot", "p.html"], "--plot"),
         (["--seed", "99999999999999999999"], "--seed"),
         (["--entropy"], "--entropy goes with --weight-bits or --act-bits"),
+        (["--weight-bits", "32", "--entropy"], "--entropy goes with --weight-bits"),
+        (["--act-bits", "8", "--symmetric"], "--symmetric goes with --weight-bits"),
+        (["--weight-bits", "4", "--equalize"], "--equalize goes with --act-bits"),
+        (["--weight-bits", "4", "--plot", "x.png"], "--plot goes with a list of bits"),
         (["--device", "nope"], "--device is 'nope'"),
         (["--weight-bits", "4,2", "--plot", "."], "--plot"),
         (["--weight-bits", "4,2", "--plot", "o.png", "--output", "./o.png"], "--output and --plot both write"),
@@ -270,7 +276,7 @@ def test_bits_of_a_file_decide_what_few_bits_need(program, tmp_path, monkeypatch
 
 
 def test_the_method_names_only_what_it_changed(program):
-    settings = program.Settings(activation_quant_bits=(4,), bias_correction=True, equalize=True)
+    settings = program.Settings(activation_quant_bits=(4,), weight_range="mse", equalize=True)
     assert program.point_of(settings).method == "auto+equalize=True"
 
 

@@ -53,6 +53,8 @@ def run(model: onnx.ModelProto, images: torch.Tensor, names: Sequence[str] = ("l
         (4, 8, {"symmetric": True}, True),
         (2, 8, {}, False),
         (2, 3, {"edge_bits": 8}, True),
+        (2, 8, {"rounding": "cd"}, False),
+        (2, 4, {"rounding": "cd", "edge_bits": 8}, True),
     ],
 )
 def test_onnxruntime_makes_the_codes_of_our_integer_arithmetic(trained, weight_bits, act_bits, changes, four_bit):
@@ -93,7 +95,9 @@ def test_with_fp32_activations_logits_are_the_same(weight_bits):
 @pytest.mark.parametrize("bits", [2, 4, 7, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_weights_are_the_packed_ones_to_the_last_digit(bits, symmetric, four_bit):
-    network = quantized(bits, 8, symmetric=symmetric)
+    between = bits == 2 and not symmetric  # zero-points between two codes
+    network = quantized(bits, 8, symmetric=symmetric, rounding="cd" if between else "nearest")
+    assert any(layer.grid.parts == 2 for layer in network.layers.values()) == between
     model = export.to_onnx(network, four_bit)
     numbers = {one.name: numpy_helper.to_array(one).astype(np.float32) for one in model.graph.initializer}
     kinds = {one.name: one.data_type for one in model.graph.initializer}
@@ -103,9 +107,13 @@ def test_the_weights_are_the_packed_ones_to_the_last_digit(bits, symmetric, four
         real = (numbers[f"{name}/codes"] - zero_point.reshape(shape)) * scale.reshape(shape)
         assert np.array_equal(real, layer.weight.numpy())  # powers of two between codes and scales change no digit
         small = four_bit and bits <= 4
-        assert kinds[f"{name}/codes"] == onnx.TensorProto.UINT4 if small else onnx.TensorProto.INT8 or bits == 8
-        if not small and (symmetric or bits < 8):
+        if small:
+            assert kinds[f"{name}/codes"] == onnx.TensorProto.UINT4
+        elif symmetric or bits < 8:
+            assert kinds[f"{name}/codes"] == onnx.TensorProto.INT8
             assert not zero_point.any()  # what the fast kernels ask for
+        else:
+            assert kinds[f"{name}/codes"] in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
 
 def test_four_bit_weights_take_half_the_bytes():

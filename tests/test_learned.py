@@ -29,9 +29,12 @@ def small_network(seed: int = 0) -> tuple[Network, torch.Tensor]:
     return fold_batch_norm(model.eval(), Normalization()), images
 
 
-def start_of(network: Network, images: torch.Tensor, weights: int | None, values: int | None) -> QuantizedNetwork:
-    """Ranges are min-max, so that there is something left to learn."""
-    plan = Plan(weights, values, rounding="nearest", bias_correction=True, act_range="minmax")
+def start_of(
+    network: Network, images: torch.Tensor, weights: int | None, values: int | None, rounding: str = "nearest"
+) -> QuantizedNetwork:
+    """Ranges are min-max, so that there is something left to learn. By cd with 2 bits, zero-points lie between codes
+    too."""
+    plan = Plan(weights, values, rounding=rounding, bias_correction=True, act_range="minmax")
     return quantize_network(network, images, plan)
 
 
@@ -48,18 +51,20 @@ def assert_same(one: QuantizedNetwork, two: QuantizedNetwork) -> None:
         assert (grid.bits, grid.scale, grid.zero_point) == (other.bits, other.scale, other.zero_point), name
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "cd"])
 @pytest.mark.parametrize(("weights", "values"), [(2, 2), (4, 8), (8, None), (None, 4)])
-def test_untrained_is_its_start(weights: int | None, values: int | None) -> None:
+def test_untrained_is_its_start(weights: int | None, values: int | None, rounding: str) -> None:
     network, images = small_network()
-    start = start_of(network, images, weights, values)
+    start = start_of(network, images, weights, values, rounding)
     assert_same(LearnedNetwork(network, start).quantized(), start)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "cd"])
 @pytest.mark.parametrize(("weights", "values"), [(2, 4), (4, 2), (8, 8), (3, None)])
-def test_forward_is_integer_execution(weights: int, values: int | None) -> None:
+def test_forward_is_integer_execution(weights: int, values: int | None, rounding: str) -> None:
     """With scales, biases and codes that are no longer the start's."""
     network, images = small_network()
-    model = LearnedNetwork(network, start_of(network, images, weights, values))
+    model = LearnedNetwork(network, start_of(network, images, weights, values, rounding))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,7 +80,7 @@ def test_forward_is_integer_execution(weights: int, values: int | None) -> None:
 def test_one_graph_compiles_all_of_it() -> None:
     """A number read from a tensor on the way would split it."""
     network, images = small_network()
-    model = LearnedNetwork(network, start_of(network, images, 2, 4))
+    model = LearnedNetwork(network, start_of(network, images, 2, 4, "cd"))
     explained = torch._dynamo.explain(model)(network.normalization(images))
     assert (explained.graph_count, explained.break_reasons) == (1, [])
 
@@ -144,6 +149,16 @@ def test_latent_codes_round_to_the_start_and_lie_towards_the_weight() -> None:
         latent = latent_codes(network.weights[name], layer)
         assert torch.equal(latent.round(), codes.float())
         assert ((latent - target).abs() <= (codes - target).abs() + 1e-6).all()
+
+
+def test_weights_in_fp32_are_learned_in_units_of_about_a_step_of_8_bits() -> None:
+    """So that one rate fits them and codes; the units are powers of two, so that untrained weights are as they were."""
+    network, images = small_network()
+    model = LearnedNetwork(network, start_of(network, images, None, 4))
+    for name, weight in network.weights.items():
+        largest = model.latent[name.replace(".", "/")].detach().abs().flatten(1).amax(1)
+        assert ((largest >= 64) & (largest < 128)).all()
+        assert torch.equal(model.layer(name).weight, weight)
 
 
 def test_a_value_after_relu6_never_passes_six() -> None:

@@ -33,7 +33,7 @@ def test_measuring_costs_changes_nothing():
     torch.manual_seed(0)
     model = MobileNetV2(Architecture(4, 0.1), dropout=0.5)
     before, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    costs = pace.size_costs(model, (8, 32), batch_size=16)
+    costs = pace.size_costs(model, (8, 32), batch_size=64)
     assert len(costs) == 2 and 0 < costs[0] < costs[1]
     assert torch.equal(numbers, torch.get_rng_state()) and model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

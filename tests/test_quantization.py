@@ -157,8 +157,10 @@ def integer_logits(network, images):
         if op.has_weight:
             layer = network.layers[op.name]
             shape = (-1,) + (1,) * (layer.codes.ndim - 1)
-            scale = layer.grid.scale.double().expand(len(layer.bias)).numpy()
-            weight = layer.codes.long().numpy() - layer.grid.zero_point.expand(len(layer.bias)).numpy().reshape(shape)
+            parts = layer.grid.parts  # in half steps, where a zero-point lies between two codes
+            scale = layer.grid.scale.double().expand(len(layer.bias)).numpy() / parts
+            zeros = (parts * layer.grid.zero_point).long().expand(len(layer.bias)).numpy().reshape(shape)
+            weight = parts * layer.codes.long().numpy() - zeros
             factor = scale * scales[op.inputs[0]]
             bias = layer.bias.double().numpy() / factor
             shift = left_shift(weight, bias, ends[op.inputs[0]], network.bias_fraction_bits)
@@ -193,6 +195,13 @@ def test_evaluation_is_integer_arithmetic(weight_bits, activation_bits, per_chan
     assert largest_sum(quantized) < 2**24
     logits = q.predictor(quantized)(images[:3]).numpy()
     np.testing.assert_array_equal(logits, integer_logits(quantized, images[:3]))
+
+
+@pytest.mark.parametrize("weight_bits", [1, 2])
+def test_levels_between_whole_numbers_are_integer_arithmetic_in_half_steps(weight_bits):
+    _, quantized, images = quantized_network(weight_bits, 8, rounding="cd")
+    assert {layer.grid.parts for layer in quantized.layers.values()} >= {2}
+    np.testing.assert_array_equal(q.predictor(quantized)(images[:3]).numpy(), integer_logits(quantized, images[:3]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: its sums against the CPU's")

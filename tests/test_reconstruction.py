@@ -13,7 +13,7 @@ from network import INPUT, Network, forward, run_ops
 from quantization import QuantizedNetwork, predictor
 from reconstruction import Reconstruction, blocks, reconstruct, tune
 
-FAST = Reconstruction(iterations=24, network_iterations=24, batch_size=8, held_out=0.25, code_rate=0.01, drop=0.5)
+FAST = Reconstruction(iterations=24, network_iterations=24, batch_size=8, held_out=0.25, code_rate=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_a_real_process_killed_and_stopped_goes_on_with_the_same_bits(tmp_path, 
     train.train(settings(image_folder, one, **changes))
     wanted = settings(image_folder, other, resume=True, **changes)
     argv = [sys.executable, "train.py", *train.to_argv(wanted)]
-    moments = random.Random(0)
+    moments, codes = random.Random(0), []
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
         log, before = other / "training_log.txt", len(log_rows(other)) if other.exists() else 0
         process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -96,7 +96,9 @@ def test_a_real_process_killed_and_stopped_goes_on_with_the_same_bits(tmp_path, 
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
         assert err == "" and process.returncode in (code, 0, -15)  # 0 and -15: it was done before the signal
+        codes.append(process.returncode)
         checkpoints.load(other / "net.safetensors")
+    assert {-9, 143} & {*codes}  # one of them at least was not over yet
     train.train(wanted)
     assert_same_end(one, other)
 

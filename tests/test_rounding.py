@@ -131,6 +131,21 @@ def test_codes_and_grid_describe_the_rounded_layer(name, method):
     assert method != "cd" or (squared_error(op, dequantize(codes, grid), x, y, True) <= plain * 1.05).all()
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("bits", [1, 2])
+def test_levels_around_zero_are_found(name, bits):
+    """A weight of 2^b equally spaced levels without a 0 among them is represented exactly."""
+    op, weight, x, _ = layer(name)
+    levels = torch.arange(2**bits) - (2**bits - 1) / 2
+    picks = torch.randint(2**bits, weight.shape, generator=torch.Generator().manual_seed(1))
+    picks.view(len(picks), -1)[:, 0] = 0  # both ends are there
+    picks.view(len(picks), -1)[:, -1] = 2**bits - 1
+    weight = 0.25 * levels[picks]
+    sums = rounding.moments(op, x, run(op, weight, x), tuple(weight.shape[2:]))
+    codes, grid = rounding.round_weight(weight, sums, weight_grid(weight, bits), "cd", True, False, (0.8,))
+    assert grid.parts == 2 and torch.equal(dequantize(codes, grid), weight)
+
+
 def gptq_column_by_column(h, b, scale, low, high):
     """The paper's algorithm 1 for one row in float64, without blocks: columns by falling diagonal of h [k, k], from the
     optimum b h^-1; the error of each goes into those that are left, by what h^-1 of these says."""

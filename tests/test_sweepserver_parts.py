@@ -15,7 +15,7 @@ from sweepserver import app, figures, pages, walker
 from sweepserver.files import Files, checked_name
 from sweepserver.runs import Runs, best, spread
 from sweepserver.scheduler import Rules, Scheduler
-from sweepserver.search import BadSweep, bayes_point, draw, library, parse_sweep, random_point
+from sweepserver.search import BadSweep, bayes_point, check_library, draw, library, parse_sweep, random_point
 from sweepserver.store import Store, clean, clean_text
 
 # -- search -----------------------------------------------------------------------------------------------------------
@@ -129,8 +129,9 @@ def test_a_step_of_a_grid_is_one_where_none_is_named():
 def test_bayes_without_the_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr("sweepserver.search.library", lambda: None)
     for extra in ("method: bayes", "method: random\nearly_terminate: {type: hyperband, min_iter: 2}"):
+        search = parse_sweep(f"{extra}\nmetric: {{name: x}}\nparameters: {{a: {{min: 0.0, max: 1.0}}}}")
         with pytest.raises(BadSweep, match="pip install --no-deps sweeps"):
-            parse_sweep(f"# {random.random()}\n{extra}\nmetric: {{name: x}}\nparameters: {{a: {{min: 0.0, max: 1.0}}}}")
+            check_library(search)
 
 
 with_sweeps = pytest.mark.skipif(not library(), reason="the sweeps package is not installed")
@@ -144,7 +145,7 @@ with_sweeps = pytest.mark.skipif(not library(), reason="the sweeps package is no
 ])  # fmt: skip
 def test_what_the_sweeps_package_cannot_use_is_refused_when_the_sweep_is_created(text):
     with pytest.raises(BadSweep, match="the `sweeps` package cannot use"):
-        parse_sweep(f"metric: {{name: x}}\n{text}")
+        check_library(parse_sweep(f"metric: {{name: x}}\n{text}"))
 
 
 @with_sweeps

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import report
+import results
 from errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -52,7 +53,7 @@ def test_what_goes_beyond_is_told_by_method_and_size(tables):
     made = [dict(common, weight_quant_bits=3, seed=s, test_acc_quantized=88.0 + s) for s in (0, 1)]
     made += [dict(common, method="qat", weight_quant_bits=2), dict(common, weight_quant_bits=4), *rows()]
     assert tables.beyond(report.to_frame(made)).splitlines()[2:] == [
-        "| another width | 3 | 8 | 88.50 ± 0.71 | 1.50 ± 0.71 | 1.000 MB | 9.00× |",
+        "| other bits | 3 | 8 | 88.50 ± 0.71 | 1.50 ± 0.71 | 1.000 MB | 9.00× |",
         "| entropy coding (`--entropy`, lossless) | 4 | 8 | 50.00 | 40.00 | 1.000 MB | 9.00× |",
         "| fine-tuned (`train.py --qat`) | 2 | 8 | 89.00 | 1.00 | 1.000 MB | 9.00× |",
     ]
@@ -68,6 +69,17 @@ def test_the_committed_tables_are_those_of_the_committed_results(tables):
     assert all(table in page for table in (*map(tables.drops, networks), tables.coded(networks)))
 
 
+def test_the_committed_tables_of_methods_and_of_the_recipe_are_those_of_their_results(tables):
+    import methods
+    import recipe
+
+    rows = results.read(tables.HERE / "methods.csv", methods.COLUMNS)
+    first = [row for row in rows if row["checkpoint_hash"] == rows[0]["checkpoint_hash"]]
+    assert methods.table(first) in tables.Settings.page.read_text()
+    rows = results.read(tables.HERE / "recipe.csv", recipe.COLUMNS)
+    assert recipe.page(rows) in tables.Settings.readme.read_text()
+
+
 def test_fine_tuned_files_of_an_earlier_network_are_told_with_its_accuracy(tables):
     earlier = report.to_frame([dict(rows()[0], method="qat", weight_quant_bits=2, test_acc_fp32=85.0)])
     frame = report.to_frame(rows())
@@ -79,8 +91,6 @@ def test_fine_tuned_files_of_an_earlier_network_are_told_with_its_accuracy(table
 
 @pytest.mark.parametrize("column, other", [("checkpoint_hash", "def"), ("dataset_crc32", "456")])
 def test_rows_of_two_checkpoints_or_data_sets_are_refused(tables, tmp_path, column, other):
-    import results
-
     path, row = tmp_path / "r.csv", dict.fromkeys(results.COLUMNS, 1) | dict(checkpoint_hash="abc", dataset_crc32="123")
     results.append(path, row)
     assert len(tables.read_one_checkpoint(path)) == 1

@@ -134,7 +134,7 @@ def test_starting_from_a_checkpoint(tmp_path, image_folder, capsys):
         train.train(settings(image_folder, tmp_path / "wide", checkpoint=tmp_path / "3-0.2.pth", **still))
 
 
-def test_the_readmes_line_parses():
+def test_a_long_line_of_flags_parses_with_dashes_or_underscores():
     line = (
         "--data-dir ./data --batch-size 128 --epochs 300 --lr 0.03 --scheduler cosine --pretrained "
         "--save-path ./checkpoints/mnv2_cifar10_fp32_best.pth"

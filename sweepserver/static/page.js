@@ -91,7 +91,10 @@ function show(data) {
   page.dataset.shown = String(Number(page.dataset.shown || 0) + 1);
 }
 
+let timer;
+
 async function refresh() {
+  clearTimeout(timer); // a change of the color scheme must not begin a second chain
   let wait = 3000;
   try {
     const answer = await fetch(page.dataset.source, { headers: { Accept: "application/json" } });
@@ -106,7 +109,7 @@ async function refresh() {
     console.error(error); // the server restarts: try again
     wait = 5000;
   }
-  setTimeout(refresh, wait);
+  timer = setTimeout(refresh, wait);
 }
 
 refresh();
