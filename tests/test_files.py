@@ -152,3 +152,7 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path):
     path.write_text("# Before\n")
     write_between(path, "<!-- a -->", "<!-- b -->", "new\n")
     assert path.read_text() == "# Before\n\n<!-- a -->\n\nnew\n\n<!-- b -->\n"
+    path.write_text("<!-- b -->\n<!-- a -->\nmine\n")
+    with pytest.raises(UserError, match="has the line '<!-- a -->' but not '<!-- b -->' after it"):
+        write_between(path, "<!-- a -->", "<!-- b -->", "new\n")
+    assert path.read_text().endswith("mine\n")

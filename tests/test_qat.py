@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import test
 import train
 import training
 from compression import load_packed
+from errors import UserError
 from evaluation import score
 from learned import LearnedNetwork
 from models import Architecture, MobileNetV2
@@ -96,6 +98,7 @@ def test_the_packed_file_is_evaluated_by_test_py(
 
 
 def test_a_cut_run_ends_with_the_same_bits(fp32: Path, image_folder: Path, tmp_path: Path) -> None:
+    fp32 = Path(shutil.copy(fp32, tmp_path))
     whole, cut = (tmp_path / name for name in ("whole.safetensors", "cut.safetensors"))
     settings = train.parse(train.Settings, "", arguments(fp32, image_folder, whole))
     train.train(settings)
@@ -109,7 +112,14 @@ def test_a_cut_run_ends_with_the_same_bits(fp32: Path, image_folder: Path, tmp_p
     settings = dataclasses.replace(settings, save_path=cut)
     with pytest.raises(Cut):
         train.train(settings, stop)
-    train.train(dataclasses.replace(settings, resume=True))
+    settings = dataclasses.replace(settings, resume=True)
+    before, content = fp32.read_bytes(), checkpoints.load(fp32)
+    other = dataclasses.replace(content, metrics=content.metrics | {"minutes": 99})
+    checkpoints.save(other, fp32)  # another file of the same name
+    with pytest.raises(UserError, match="began from another network than .*c.pth is now"):
+        train.train(settings)
+    fp32.write_bytes(before)
+    train.train(settings)
     assert_same(load_packed(cut)[0], load_packed(whole)[0])
 
 
@@ -139,6 +149,7 @@ def test_bad_input_is_one_line(change: dict, says: str, image_folder: Path, tmp_
         (["--save-path", "{checkpoint}"], "--save-path is the --checkpoint"),
         (["--qat", "--weight-bits", "4", "--save-path", "{checkpoint}"], "--save-path is the --checkpoint"),
         (["--seed", "100000000000000"], "--seed"),
+        (["--qat", "--weight-bits", "4", "--label-smoothing", "0.2"], "--label-smoothing does nothing"),
     ],
 )
 def test_nothing_is_ignored_and_no_start_is_replaced(

@@ -563,6 +563,19 @@ def test_a_server_that_does_not_answer_is_not_taken_for_none(tmp_path):
     assert done.returncode == 2 and f"kill {running.pid}" in done.stderr and "does not answer" in done.stderr
 
 
+def test_a_server_is_started_with_our_modules_whatever_the_folder_holds(tmp_path, monkeypatch):
+    (tmp_path / "errors.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    for words in ("", "of before\n"):
+        Path("data").mkdir(exist_ok=True)
+        Path("data/server.log").write_text(words)
+        with sweepserver.start("data") as running:
+            assert server_folder(running) == str(tmp_path / "data")
+            with pytest.raises(RuntimeError, match="^sweepserver did not start: error: .* in use"):
+                sweepserver.launch("data")
+        assert Path("data/server.log").read_text().startswith(words)
+
+
 def server_folder(server) -> str:
     arguments = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
     return arguments[arguments.index("--data-dir") + 1]

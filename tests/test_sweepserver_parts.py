@@ -532,6 +532,33 @@ def test_a_failing_sweeps_package_stops_no_run_and_costs_no_heartbeat(scheduler,
     assert again(scheduler, runs[0])["stop_at"] is None
 
 
+def test_a_sweep_that_has_begun_ends_without_the_package(scheduler, monkeypatch):
+    monkeypatch.setattr("sweepserver.search.library", lambda: Package)
+    config = "method: bayes\nrun_cap: 1\nmetric: {name: x}\nparameters: {a: {min: 0.0, max: 0.5}}"
+    sweep = sweep_of(scheduler, config)
+    run = hand_out(scheduler, sweep)
+    monkeypatch.setattr("sweepserver.search.library", lambda: None)
+    parse_sweep.cache_clear()  # as after a restart
+    scheduler.complete(run, 0)
+    assert scheduler.sweep(sweep)["state"] == "FINISHED"
+    with pytest.raises(walker.Refused, match="pip install"):
+        sweep_of(scheduler, config)
+
+
+def test_a_deleted_crashed_run_leaves_a_point_that_another_settled_by_an_early_stop(scheduler):
+    sweep = sweep_of(scheduler)
+    lost = hand_out(scheduler, sweep)
+    scheduler.lose(lost)
+    second = hand_out(scheduler, sweep)
+    scheduler.stop(second, "early")
+    scheduler.complete(again(scheduler, second), 1)
+    done = scheduler.counts(scheduler.sweep(sweep))
+    scheduler.forget(again(scheduler, lost))
+    assert done["done"] == 1 and scheduler.counts(scheduler.sweep(sweep)) == done
+    scheduler.forget(again(scheduler, second))
+    assert scheduler.counts(scheduler.sweep(sweep))["done"] == 0
+
+
 def test_a_search_parses_each_line_of_history_once(scheduler, monkeypatch):
     run = scheduler.runs.get(1, "r0")
     scheduler.runs.stream(run, {"wandb-history.jsonl": {"offset": 0, "content": ['{"x": 1}', '{"y": 2}', '{"x": 3}']}})

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +39,7 @@ class Settings:
 
 def label(settings):
     name = f"w{settings.weight_quant_bits or 32}-b{settings.batch_size}"
-    return tracking.Labels(name, settings.checkpoint.stem, ("a tag", "another"))
+    return tracking.Labels(name, settings.checkpoint.stem, ("a tag", "another", 70 * "x"))
 
 def main():
     settings = parse(Settings, "test", sys.argv[1:])
@@ -127,6 +128,15 @@ def terminated(server, folder: Path, project: str) -> tuple[int, list[dict]]:
     return program.returncode, read(server, folder, project)
 
 
+def resumed(server, folder: Path) -> list[dict]:
+    """The runs of a program that is run twice under one id, with other settings the second time."""
+    for bits in ("8", "6"):
+        extra = dict(WANDB_PROJECT="again", WANDB_RUN_ID="again", WANDB_RESUME="allow")
+        code, text = finished(server, folder, "--log-wandb", "--weight-bits", bits, **extra)
+        assert code == 0, text
+    return read(server, folder, "again")
+
+
 def finished(server, folder: Path, *flags: str, **extra: str) -> tuple[int, str]:
     program = start(server, folder, *flags, **extra)
     text = program.communicate(timeout=120)[0]
@@ -161,6 +171,8 @@ def outcomes(server, tmp_path_factory):
         "disabled": lambda: finished(server, root / "disabled", "--log-wandb", WANDB_MODE="disabled"),
         "online": lambda: finished(server, root / "online", "--log-wandb", "--weight-bits", "8", WANDB_PROJECT="on"),
         "no_key": lambda: finished(server, root / "no_key", "--log-wandb", WANDB_API_KEY="", HOME=str(root)),
+        "no_scheme": lambda: finished(server, root / "no_scheme", "--log-wandb", WANDB_BASE_URL="127.0.0.1:8085"),
+        "again": lambda: resumed(server, root / "again"),
         "term": lambda: terminated(server, root / "term", "term"),
         "good": lambda: swept(server, root / "good", "good", good),
         **{name: lambda n=name: refused(server, root / n, BAD[n]) for name in BAD},
@@ -202,6 +214,25 @@ def test_a_missing_key_is_one_line(outcomes):
     assert "WANDB_API_KEY" in line and "started" not in text
 
 
+def test_an_address_without_a_scheme_is_one_line(outcomes):
+    code, text = outcomes[1]["no_scheme"]
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "base_url" in line and "started" not in text
+
+
+def test_the_command_line_of_a_resumed_run_counts_and_not_what_wandb_kept(outcomes):
+    (run,) = outcomes[1]["again"]
+    assert run["summary"]["test_acc_quantized"] == 96.0 and run["config"]["weight_quant_bits"] == 6
+
+
+def test_what_the_client_raises_is_one_line():
+    kind = type("WandbApiFailedError", (Exception,), {})
+    with pytest.raises(UserError, match="W&B: no route .*set WANDB_BASE_URL"), tracking.refusals():
+        raise kind("no route")
+    with pytest.raises(UserError, match="^mine$"), tracking.refusals():
+        raise UserError("mine")
+
+
 def test_advice_fits_the_error(outcomes, server):
     root = outcomes[0]
     program = (
@@ -226,7 +257,7 @@ def test_a_run_holds_row_table_artifact_and_labels(outcomes, server):
     assert code == 0 and "warning" not in text, text
     (run,) = read(server, root, "on")
     assert (run["name"], run["group"], run["job_type"]) == ("w8-b128", "checkpoint", "evaluation")
-    assert run["tags"] == ["a tag", "another"] and run["state"] == "finished"
+    assert run["tags"] == ["a tag", "another", 64 * "x"] and run["state"] == "finished"
     expected = {"weight_quant_bits": 8, "batch_size": 128, "dataset": "none", "test_acc_quantized": 98.0}
     assert expected.items() <= run["summary"].items()
     assert run["summary"]["size_by_layer"]["nrows"] == 2
@@ -345,6 +376,22 @@ def test_imports_run_one_way():
         if place[name] < len(COMPUTES):
             wrong += [f"{name} imports {other}" for other in others & {"pandas", "plotly", "matplotlib"}]
     assert not wrong
+
+
+@pytest.mark.parametrize(("ours", "found"), [([1], 1), ([], 2)])
+def test_the_latest_sweep_is_one_of_our_project_or_else_of_any(ours, found):
+    class Api:
+        def projects(self, entity):
+            return [SimpleNamespace(name=name) for name in (tracking.PROJECT, "mine")]
+
+        def project(self, name, entity):
+            numbers = ours if name == tracking.PROJECT else [2]
+            sweeps = [SimpleNamespace(id=i, _attrs={"createdAt": i}) for i in numbers]
+            return SimpleNamespace(sweeps=lambda: sweeps)
+
+    assert tracking.latest_sweep(Api(), "me", None).id == found
+    with pytest.raises(UserError, match="me/other has no sweep"):
+        tracking.latest_sweep(Api(), "me", "other")
 
 
 def test_latest_sweep_is_found_without_a_name(outcomes, server):

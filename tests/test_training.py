@@ -125,7 +125,7 @@ def test_score_against_a_plain_loop():
 
 
 def test_strided_depthwise_is_float32_under_a_cpus_autocast():
-    """Same gradients as without autocast; the average and the network itself stay ordinary convolutions."""
+    """Same gradients as without autocast; where nothing is autocast, an ordinary convolution stays one."""
     recipe, device = Recipe(bf16=True, ema_decay=0.9), torch.device("cpu")
     model = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False), nn.Conv2d(8, 8, 1))
     plain = copy.deepcopy(model[0])
@@ -139,12 +139,15 @@ def test_strided_depthwise_is_float32_under_a_cpus_autocast():
     assert type(training.start(plain, Recipe(), device).model) is nn.Conv2d
 
 
-def test_relu6_on_bits_is_relu6():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_relu6_on_bits_is_relu6(compiled):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     numbers = every[~every.isnan()]
     results = []
     for relu in (nn.ReLU6(), training.BitsReLU6(inplace=True)):
         x = numbers.clone().requires_grad_()
+        if compiled:
+            relu = torch.compile(relu, backend="aot_eager", dynamic=False)
         y = relu(x * 1)  # in place on a result, as behind batch norm
         y.backward(torch.arange(len(x)).bfloat16())
         results.append((y.detach(), x.grad))
