@@ -202,54 +202,60 @@ def reached(h: Tensor, change: Tensor) -> Tensor:
     return torch.einsum("gpb,bag->pag", h, change)
 
 
-def best_scale(problem: Problem, u: Tensor, grids: Candidates) -> Candidates:
-    """Each row's least squares scale for its codes, where that (as float16) lowers the row's loss."""
-    power = (times_h(u, problem.h) * u).sum(-1)
-    new = round_scale((u * problem.b).sum(-1) / power.clamp(min=1e-30)).double()
-    better = problem.loss(u, new) < problem.loss(u, grids.scale)
+def whole(x: Tensor, shared: bool) -> Tensor:
+    """x [A, out]; where all rows share one grid, their sum in place of each."""
+    return x.sum(-1, keepdim=True).expand_as(x) if shared else x
+
+
+def best_scale(problem: Problem, u: Tensor, grids: Candidates, shared: bool = False) -> Candidates:
+    """Each row's least squares scale for its codes, where that (as float16) lowers the row's loss; shared: of all rows
+    together."""
+    power, along = (times_h(u, problem.h) * u).sum(-1), (u * problem.b).sum(-1)
+    new = round_scale(whole(along, shared) / whole(power, shared).clamp(min=1e-30)).double()
+    better = whole(problem.loss(u, new), shared) < whole(problem.loss(u, grids.scale), shared)
     return Candidates(torch.where(better, new, grids.scale), grids.low, grids.high)
 
 
-def best_rows(problem: Problem, u: Tensor, grids: Candidates) -> tuple[Tensor, Candidates]:
-    """For every row the candidate with the least loss: A becomes 1."""
-    best = problem.loss(u, grids.scale).argmin(0, keepdim=True)  # [1, out]
+def best_rows(problem: Problem, u: Tensor, grids: Candidates, shared: bool = False) -> tuple[Tensor, Candidates]:
+    """For every row the candidate with the least loss, for all together where `shared`: A becomes 1."""
+    best = whole(problem.loss(u, grids.scale), shared).argmin(0, keepdim=True)  # [1, out]
     chosen = Candidates(*(t.gather(0, best) for t in (grids.scale, grids.low, grids.high)))
     return u.gather(0, best.unsqueeze(2).expand(-1, -1, u.shape[2])), chosen
 
 
 def round_rows(
-    problem: Problem, grids: Candidates, method: str, fit_scale: bool, rounds: int = 3
+    problem: Problem, grids: Candidates, method: str, fit_scale: bool, shared: bool = False, rounds: int = 3
 ) -> tuple[Tensor, Candidates]:
-    """(codes with the zero-point taken off [1, out, k], grids [1, out]): the best candidate of each row. ValueError for
-    a method that is none of METHODS."""
+    """(codes with the zero-point taken off [1, out, k], grids [1, out]): the best candidate of each row, or of all rows
+    where they share a grid. ValueError for a method that is none of METHODS."""
     if method not in METHODS:
         raise ValueError(f"rounding method {method!r}; expected one of {', '.join(METHODS)}")
     if method == "nearest":
-        return best_rows(problem, nearest(problem, grids), grids)
+        return best_rows(problem, nearest(problem, grids), grids, shared)
     u = gptq(problem, grids)
     if method == "gptq":
-        return best_rows(problem, u, grids)
+        return best_rows(problem, u, grids, shared)
     plain = nearest(problem, grids)
     worse = problem.loss(u, grids.scale) > problem.loss(plain, grids.scale)
     u = descend(problem, torch.where(worse.unsqueeze(2), plain, u), grids, cycles=2)
-    u, grids = best_rows(problem, u, best_scale(problem, u, grids) if fit_scale else grids)
+    u, grids = best_rows(problem, u, best_scale(problem, u, grids, shared) if fit_scale else grids, shared)
     for _ in range(rounds):
         u = descend(problem, u, grids, cycles=6)
-        grids = best_scale(problem, u, grids) if fit_scale else grids
+        grids = best_scale(problem, u, grids, shared) if fit_scale else grids
     return u, grids
 
 
 def candidates(weight: Tensor, grid: Grid, symmetric: bool, shares: tuple[float, ...]) -> Candidates:
-    """`grid` and, where it is per channel, grids over shrunken ranges and with other zero-points."""
-    rows = weight.flatten(1)
+    """`grid` and, given `shares`, grids over shrunken ranges and with other zero-points."""
+    rows = weight.flatten(1) if grid.scale.ndim else weight.reshape(1, -1)
     low, high = rows.amin(1), rows.amax(1)
     grids = [grid]
-    if grid.scale.ndim and shares:
+    if shares:
         grids += [make_grid(grid.bits, low * share, high * share, symmetric) for share in shares]
         moves = (0.0, -0.5, 0.5) if grid.bits <= HALF_BITS and not symmetric else (0.0,)
         grids = [replace(g, zero_point=(g.zero_point + z).clamp(0, grid.highest)) for z in moves for g in grids]
-    zero_points = torch.stack([g.zero_point.double().expand(len(rows)) for g in grids])
-    scales = torch.stack([g.scale.double().expand(len(rows)) for g in grids])
+    zero_points = torch.stack([g.zero_point.double().expand(len(weight)) for g in grids])
+    scales = torch.stack([g.scale.double().expand(len(weight)) for g in grids])
     return Candidates(scales, -zero_points, grid.highest - zero_points)
 
 
@@ -268,13 +274,11 @@ def one_thread() -> Iterator[None]:
 def round_weight(
     weight: Tensor, sums: Moments, grid: Grid, method: str, centred: bool, symmetric: bool, shares: tuple[float, ...]
 ) -> tuple[Tensor, Grid]:
-    """(codes uint8 of weight's shape, grid) by `method`. cd also fits the ranges and scales of per-channel grids."""
+    """(codes uint8 of weight's shape, grid) by `method`. cd also fits ranges and scales."""
     problem = make_problem(weight, sums, centred)
-    per_channel = grid.scale.ndim > 0
     grids = candidates(weight, grid, symmetric, shares if method == "cd" else ())
     with one_thread():
-        u, chosen = round_rows(problem, grids, method, fit_scale=per_channel)
+        u, chosen = round_rows(problem, grids, method, fit_scale=method == "cd", shared=not grid.scale.ndim)
     codes = (u[0] - chosen.low[0].unsqueeze(1)).to(torch.uint8).reshape(weight.shape)
-    if per_channel:
-        grid = Grid(grid.bits, chosen.scale[0].float(), -chosen.low[0].float())
-    return codes, grid
+    channels = slice(None) if grid.scale.ndim else 0
+    return codes, Grid(grid.bits, chosen.scale[0, channels].float(), -chosen.low[0, channels].float())
