@@ -63,11 +63,12 @@ def main() -> None:
 
 
 def with_fine_tuned(frame: "pd.DataFrame", earlier: "pd.DataFrame") -> "pd.DataFrame":
-    """`frame` and, where it has none of its own, the fine-tuned files of an earlier network."""
+    """`frame` and, at bits where it has none of its own, the fine-tuned files of an earlier network."""
     import pandas as pd
 
-    own = (frame["method"] == "qat").any()
-    return frame if own else pd.concat([frame, earlier[earlier["method"] == "qat"]], ignore_index=True)
+    files = pd.concat([table[table["method"] == "qat"] for table in (frame, earlier)])
+    files = files.drop_duplicates([WEIGHTS, ACTIVATIONS])
+    return pd.concat([frame[frame["method"] != "qat"], files], ignore_index=True)
 
 
 def write_table(page: Path, name: str, table: str) -> None:
