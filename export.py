@@ -23,7 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -183,7 +183,7 @@ def weight_and_bias(graph: Graph, name: str, layer: Layer, input_scale: float | 
     if grid is None:
         return [graph.constant(f"{name}/weight", layer.codes), graph.constant(f"{name}/bias", layer.bias)]
     zero_points, codes = (grid.zero_point * grid.parts).int(), layer.codes.int() * grid.parts
-    centred = codes - replace(grid, zero_point=zero_points).shaped(codes.ndim)[1]
+    centred = (grid.parts * (layer.codes - grid.shaped(codes.ndim)[1])).int()
     bits = grid.bits + grid.parts - 1  # of half steps, where a zero-point lies between two codes
     if four_bit and bits <= 4:
         kind, shift = "UINT4", 4 - bits

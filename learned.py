@@ -88,7 +88,7 @@ class LearnedNetwork(nn.Module):
         bias = self.biases[key(op.name)]
         scale = self.weight_scale(op.name)
         if scale is None:
-            return self.latent[key(op.name)] * self.get_buffer(f"unit/{key(op.name)}"), bias
+            return self.float_weight(op.name), bias
         codes = self.codes(op.name)
         weight = codes * scale.view(-1, *(1,) * (codes.ndim - 1))
         bias = straight_through(bias, bias.half().float())
@@ -103,6 +103,10 @@ class LearnedNetwork(nn.Module):
         unit = scale / parts * input_scale
         unit = unit / fraction_factor(largest_sum(codes * parts, bias / unit, end), self.start.bias_fraction_bits)
         return (bias / unit).round() * unit
+
+    def float_weight(self, name: str) -> Tensor:
+        """The weight of a layer in FP32."""
+        return self.latent[key(name)] * self.get_buffer(f"unit/{key(name)}")
 
     def codes(self, name: str) -> Tensor:
         """The hard codes of a layer, zero-point taken off, as real numbers with straight-through gradients."""
@@ -149,8 +153,7 @@ class LearnedNetwork(nn.Module):
     def layer(self, name: str) -> Layer:
         before, bias = self.start.layers[name], self.biases[key(name)].detach().cpu()
         if before.grid is None:
-            weight = self.latent[key(name)] * self.get_buffer(f"unit/{key(name)}")
-            return Layer(weight.detach().cpu(), None, bias)
+            return Layer(self.float_weight(name).detach().cpu(), None, bias)
         grid = replace(before.grid, scale=self.weight_scale(name).detach().cpu())
         _, zero_point = grid.shaped(before.codes.ndim)
         codes = self.codes(name).detach().cpu() + zero_point

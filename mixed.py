@@ -75,12 +75,14 @@ def search(
         mean = allocation.mean_bits(plan.value_bits, value_sizes(network.ops, network.weights))
         notes += (f"Activations: {mean:.2f} bits an element.",)
 
+    values = dict(plan.value_bits)
+
     def build(bits: dict[str, int]) -> QuantizedNetwork:
         with progress(network) as on_layer:
-            return quantize_network(network, images, plan_of(bits, dict(plan.value_bits)), on_layer)
+            return quantize_network(network, images, plan_of(bits, values), on_layer)
 
     if not target.layers:
-        return Found(plan_of({}, dict(plan.value_bits)), build({}), notes)
+        return Found(plan_of({}, values), build({}), notes)
     with progress(network) as on_layer:
         table = allocation.sensitivities(network, images, plan, entropy=measures.entropy, on_layer=on_layer)
     if target.size_mb:
@@ -92,7 +94,7 @@ def search(
         bits, quantized, told = within_drop(network, table, target.drop, build, measures)
         notes += (told,)
     notes += (f"Packed file: {measures.size(quantized)} bytes.",)
-    return Found(plan_of(bits, dict(plan.value_bits)), quantized, notes)
+    return Found(plan_of(bits, values), quantized, notes)
 
 
 def within_drop(

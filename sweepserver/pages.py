@@ -82,7 +82,7 @@ class Pages:
 
     def _project(self, project) -> str:
         sweeps = [
-            {"row": row, "counts": self._counts(row), "name": self._sweep_name(row)}
+            {"row": row, "counts": self.server.scheduler.counts(row), "name": self._sweep_name(row)}
             for row in self.store.all("SELECT * FROM sweep WHERE project=? ORDER BY created DESC", project["id"])
         ]
         runs = self.store.all("SELECT * FROM run WHERE project=? ORDER BY id DESC LIMIT 500", project["id"])
@@ -133,9 +133,10 @@ class Pages:
         ):
             config = self.runs.config(row)
             params = flat({name: config.get(name) for name in search.parameters})
-            summary = {k: inner(v) for k, v in self.runs.summary(row).items()}
+            logged = self.runs.summary(row)
+            summary = {k: inner(v) for k, v in logged.items()}
             if metric:  # one that is nested has a name with dots
-                summary[metric] = dig(self.runs.summary(row), metric)
+                summary[metric] = dig(logged, metric)
             runs.append(
                 {
                     "row": row,
@@ -147,7 +148,7 @@ class Pages:
                 }
             )
         metric = metric or _guess_metric(runs)
-        counts = self._counts(sweep)
+        counts = self.server.scheduler.counts(sweep)
         columns = _summary_columns(runs, metric)
         best = self._best(runs, metric, goal)
         fixed, names = {}, sorted({name for run in runs for name in run["params"]})
@@ -240,9 +241,6 @@ class Pages:
 
     def _missing(self, message: str) -> tuple[int, str]:
         return 404, self._render("missing.html", message=message, trail=[])
-
-    def _counts(self, sweep) -> dict:
-        return self.server.scheduler.counts(sweep)
 
     def _sweep_name(self, sweep) -> str:
         return sweep["display_name"] or str(parse_sweep(sweep["config"]).config.get("name") or sweep["id"])
